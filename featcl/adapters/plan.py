@@ -1,0 +1,202 @@
+"""Which linear layers a constraint touches, and with which directions: pure decisions, no module is changed here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from featcl.adapters.fold import Fold, fold
+from featcl.errors import FeatclError
+from featcl.models import ResidualMap, Site, residual_map, resolve_hook
+from featcl.subspace import Subspace
+
+Role = Literal["write", "read"]
+KINDS: dict[str, tuple[Role, ...]] = {
+    "none": ("write", "read"),
+    "write": ("write",),
+    "read": ("read",),
+    "both": ("write", "read"),
+}
+
+
+class DirectionSet(Protocol):
+    """What a constraint needs of `featcl.Directions`."""
+
+    @property
+    def vectors(self) -> Tensor: ...  # [k, d_model]
+    @property
+    def readers(self) -> Tensor | None: ...  # [k, d_model]
+    @property
+    def feature_ids(self) -> Sequence[int] | None: ...
+    @property
+    def hook_name(self) -> str | None: ...
+    @property
+    def layer(self) -> int: ...
+
+
+@dataclass(frozen=True, eq=False)
+class SitePlan:
+    """One linear layer to adapt.
+
+    Attributes:
+        site: The linear and the norm beside it.
+        role: Whether its output is bounded (`write`) or its input (`read`).
+        directions: The set that bounds it.
+        hook_layer: Block at whose output these directions live.
+        fold: Its frozen basis.
+    """
+
+    site: Site
+    role: Role
+    directions: DirectionSet
+    hook_layer: int
+    fold: Fold
+
+    @property
+    def name(self) -> str:
+        """Full module path."""
+        return self.site.name
+
+
+def plan_sites(
+    model: nn.Module,
+    directions: DirectionSet | Mapping[int, DirectionSet],
+    *,
+    kind: str,
+    layers: Sequence[int] | None = None,
+    modules: Sequence[str] | None = None,
+    protect: Any = None,
+    fold_norms: bool = True,
+) -> tuple[SitePlan, ...]:
+    """Every linear layer that `kind` adapts, with its basis, block by block.
+
+    Raises:
+        FeatclError: As `featcl.constrain`.
+    """
+    residual = residual_map(model)
+    sets = _sets_by_layer(model, residual, directions, layers)
+    for layer, chosen in sets.items():
+        _check_vectors(chosen, residual.d_model, layer)
+    sites = _chosen_sites(residual, kind, sets, modules)
+    folds: dict[tuple[Any, ...], Fold] = {}
+    plans = []
+    for site, role in sites:
+        chosen = sets[site.layer]
+        key = (id(chosen), role, site.norm_name)  # readers behind one norm share a basis
+        if key not in folds:
+            vectors = chosen.vectors if role == "write" or chosen.readers is None else chosen.readers
+            folds[key] = fold(
+                vectors.to(_device(model)),
+                site,
+                protected=_protected(protect, role, residual.d_model, _device(model)),
+                fold_norms=fold_norms,
+                names=[f"feature {feature}" for feature in feature_ids(chosen)],
+            )
+        plans.append(SitePlan(site, role, chosen, _hook_layer(model, chosen), folds[key]))
+    return tuple(plans)
+
+
+def feature_ids(directions: DirectionSet) -> list[int]:
+    """The features' indices in their SAE, or positions where there is no SAE."""
+    if directions.feature_ids is None:
+        return list(range(len(directions.vectors)))
+    return [int(feature) for feature in directions.feature_ids]
+
+
+def _sets_by_layer(
+    model: nn.Module, residual: ResidualMap, directions: Any, layers: Sequence[int] | None
+) -> dict[int, DirectionSet]:
+    """The set that bounds each adapted block: the one given for it, else the nearest above."""
+    if isinstance(directions, Mapping):
+        if not directions:
+            raise FeatclError("no directions: the mapping from layer to directions is empty")
+        given = {int(layer): directions[layer] for layer in sorted(directions)}
+    else:
+        given = {_hook_layer(model, directions): directions}
+    for layer, chosen in given.items():
+        _check_layer(layer, residual)
+        if layer > (hook := _hook_layer(model, chosen)):
+            raise FeatclError(f"layer {layer} lies above the hook of its directions, at the output of block {hook}")
+    if layers is None:
+        top = max(given)
+        wanted = list(given) if isinstance(directions, Mapping) else _default_layers(top, residual.n_layers)
+    else:
+        wanted = sorted({int(layer) for layer in layers})
+    if not wanted:
+        raise FeatclError("no layers to adapt: the list is empty")
+    found = {}
+    for layer in wanted:
+        _check_layer(layer, residual)
+        above = [top for top in given if top >= layer]
+        if not above:
+            raise FeatclError(f"layer {layer} lies above the hook, at the output of block {max(given)}")
+        found[layer] = given[min(above)]
+    return found
+
+
+def _default_layers(top: int, n_layers: int) -> list[int]:
+    """Block L of the SAE and the ⌊n_layers/3⌋ before it."""
+    return list(range(max(0, top - n_layers // 3), top + 1))
+
+
+def _hook_layer(model: nn.Module, directions: DirectionSet) -> int:
+    name = directions.hook_name
+    return resolve_hook(model, name)[1] if name and "hook_resid" in name else int(directions.layer)
+
+
+def _check_layer(layer: int, residual: ResidualMap) -> None:
+    if not 0 <= layer < residual.n_layers:
+        raise FeatclError(f"layer {layer} is out of range: the model has blocks 0 to {residual.n_layers - 1}")
+
+
+def _check_vectors(directions: DirectionSet, d_model: int, layer: int) -> None:
+    for what, vectors in (("directions", directions.vectors), ("read directions", directions.readers)):
+        if vectors is None:
+            continue
+        if vectors.ndim != 2 or len(vectors) == 0:
+            raise FeatclError(f"layer {layer}: {what} must be rows [k, d_model] with k >= 1, not {list(vectors.shape)}")
+        if vectors.shape[1] != d_model:
+            raise FeatclError(f"layer {layer}: {what} have width {vectors.shape[1]}, the model has d_model = {d_model}")
+        if len(vectors) > d_model:
+            raise FeatclError(f"layer {layer}: k = {len(vectors)} {what} do not fit into d_model = {d_model}")
+
+
+def _chosen_sites(
+    residual: ResidualMap, kind: str, layers: Mapping[int, Any], modules: Sequence[str] | None
+) -> list[tuple[Site, Role]]:
+    by_role: dict[Role, tuple[Site, ...]] = {"write": residual.writers, "read": residual.readers}
+    sites: list[tuple[Site, Role]] = [
+        (site, role) for role in KINDS[kind] for site in by_role[role] if site.layer in layers
+    ]
+    if modules is not None:
+        have = sorted({site.name.rsplit(".", 1)[1] for site, _ in sites})
+        if unknown := sorted(set(modules) - set(have)):
+            raise FeatclError(f"kind {kind!r} has no module {unknown[0]!r}: it adapts {', '.join(have)}")
+        sites = [(site, role) for site, role in sites if site.name.rsplit(".", 1)[1] in set(modules)]
+    if not sites:
+        raise FeatclError("no modules to adapt: the list is empty")
+    return sorted(sites, key=lambda chosen: chosen[0].layer)
+
+
+def _protected(protect: Any, role: Role, d_model: int, device: torch.device) -> Tensor | None:
+    """Orthonormal columns N of what a role must leave alone, from a subspace, rows, directions, or one per role."""
+    if isinstance(protect, Mapping):
+        if unknown := sorted(set(protect) - {"write", "read"}):
+            raise FeatclError(f"protect: unknown role {unknown[0]!r}, it takes write and read")
+        protect = protect.get(role)
+    if protect is None:
+        return None
+    if not isinstance(protect, Subspace):
+        rows = protect if isinstance(protect, Tensor) else protect.vectors
+        protect = Subspace.from_vectors(rows, near_dependent="drop")
+    if protect.d_model != d_model:
+        raise FeatclError(f"protect: directions of width {protect.d_model}, the model has d_model = {d_model}")
+    return protect.basis.to(device)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

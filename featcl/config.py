@@ -1,0 +1,433 @@
+"""RunConfig and its parts: frozen, unknown keys are errors that name the nearest right one.
+
+A file may be a delta: `base: base.yaml` names the file (relative to it) over which it is merged. Mappings merge,
+everything else replaces. Overrides from the command line, `key.sub=value` with the value read as YAML, come last.
+This module imports nothing of featcl.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, field_validator, model_validator
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used: one line with the file, the dotted key, and what would be right."""
+
+
+Int = Annotated[int, Strict()]
+Float = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Count = Annotated[int, Strict(), Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Texts = str | tuple[str, ...] | None
+
+OBJECTIVES = ("sft", "distillation", "self_distillation", "recover", "kl_to_base", "l2_to_base")
+METHODS: tuple[str, ...] = ()  # continual-learning methods that exist; none ships yet
+
+
+class Part(BaseModel):
+    """What all parts of a config share: frozen, and strict about its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RuntimeConfig(Part):
+    """Arithmetic and placement; recorded in env.json."""
+
+    float32_matmul: Literal["highest", "high", "medium"] = "highest"
+    threads: Count | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+class StreamConfig(Part):
+    """Where the experiences come from: a named lab stream, or a file of trajectories, which replaces the name."""
+
+    name: str | None = "lab/applications"
+    world: str = "development"
+    path: str | tuple[str, ...] | None = None
+    strict: Annotated[bool, Strict()] = True  # False: a malformed line goes to quarantine.jsonl and the run goes on
+    order: Literal["blocked", "shuffled", "gradual", "recurring"] = "blocked"  # of a lab stream
+    garbage: Annotated[float, Strict(), Field(ge=0, le=1)] = 0.0  # share of a lab stream that is wrong
+    tasks: tuple[str, ...] | None = None  # which tasks of a lab stream; null for all
+    holdout: Annotated[float, Strict(), Field(gt=0, lt=1)] = 0.2  # share of a file's trajectories kept for R
+    calibration: Annotated[float, Strict(), Field(gt=0, lt=1)] = 0.1  # share kept for selecting features
+    limit: Count | None = None  # learn from at most this many trajectories per task
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_replaces_name(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("path"):
+            return {**data, "name": None}
+        return data
+
+    @model_validator(mode="after")
+    def _one_source(self) -> StreamConfig:
+        if self.name is None and not self.path:
+            raise ValueError("give name (a lab stream) or path (a .jsonl or .jsonl.gz file)")
+        return self
+
+
+class FeaturesConfig(Part):
+    """The SAE, or one per layer, and how its features are chosen; texts are files, null the calibration split."""
+
+    sae: str | dict[int, str] = "lab/olmo2/resid_post_3"
+    selector: str = "contrast"
+    k: Count = 32
+    positive: Texts = None
+    negative: Texts = None
+    background: Texts = None
+    feature_ids: tuple[Int, ...] | None = None
+    query: str | None = None
+
+
+class AdapterConfig(Part):
+    """The constraint: a row of the table of kinds, the basis it uses and the layers it is attached to."""
+
+    kind: Literal["none", "write", "read", "both", "residual", "gated", "shift", "scale"] = "both"
+    basis: Literal["chosen", "random", "pca", "random_features"] = "chosen"
+    training: Literal["coordinates", "train_both_factors", "project_update", "penalty", "project_gradient"] = (
+        "coordinates"
+    )
+    protect: str | None = None  # a folder of saved directions that must stay unwritten
+    rank: Count | None = None
+    layers: tuple[Int, ...] | None = None
+
+
+class ObjectiveConfig(Part):
+    """One term of the loss; an option left null is the objective's own default."""
+
+    name: str = "sft"
+    weight: Float = 1.0
+    alpha: Annotated[float, Strict(), Field(ge=0, le=1)] | None = None
+    estimator: Literal["full", "sampled"] | None = None
+    top_k: Count | None = None
+    skip: Annotated[int, Strict(), Field(ge=0)] | None = None
+    max_new_tokens: Count | None = None
+    max_turns: Count | None = None
+    temperature: Annotated[float, Strict(), Field(ge=0)] | None = None
+    on_policy: Annotated[bool, Strict()] | None = None
+    texts: Count | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return _known_name(name, "objective", OBJECTIVES)
+
+
+class LearnerConfig(Part):
+    """How an experience becomes an update."""
+
+    objectives: tuple[ObjectiveConfig, ...] = (ObjectiveConfig(),)
+    optimizer: Literal["adamw", "sgd", "momentum"] = "adamw"
+    lr: Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)] = 1.0e-3
+    weight_decay: Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)] = 0.0
+    steps: Count = 1
+    max_windows: Count = 8  # of a trajectory longer than the model's context
+    max_kl_per_update: Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @field_validator("objectives")
+    @classmethod
+    def _not_empty(cls, objectives: tuple[ObjectiveConfig, ...]) -> tuple[ObjectiveConfig, ...]:
+        return _nonempty(objectives, "objectives")
+
+
+class CanariesConfig(Part):
+    """A small fixed set of general items, scored between evaluations: `items` of them, every `every` updates."""
+
+    every: Count = 25
+    items: Count = 64
+
+
+class EvaluationConfig(Part):
+    """What is measured and when."""
+
+    suites: tuple[str, ...] = ("lab/general",)
+    every: Literal["task"] = "task"
+    canaries: CanariesConfig | None = CanariesConfig()
+
+
+class TrackingConfig(Part):
+    """Where the numbers go besides metrics.jsonl."""
+
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "featcl"
+
+
+class MethodConfig(BaseModel):
+    """A continual-learning method by name, with its own settings."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    name: str
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return _known_name(name, "method", METHODS)
+
+
+class RunConfig(Part):
+    """Everything that decides a run. `RunConfig.load` reads it from YAML."""
+
+    study: Name = "quickstart"
+    arm: Name | None = None
+    model: str = "lab/olmo2"
+    runtime: RuntimeConfig = RuntimeConfig()
+    stream: StreamConfig = StreamConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    learner: LearnerConfig = LearnerConfig()
+    phases: tuple[LearnerConfig, ...] | None = None
+    teacher: str | None = None  # a model with the same tokenizer, for the objective `distillation`
+    methods: tuple[MethodConfig, ...] = ()
+    memory: Any | None = None
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    seed: Annotated[int, Strict(), Field(ge=0)] = 0
+    output: str = "results"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _phases_are_deltas(cls, data: Any) -> Any:
+        """Each phase is written as a delta over `learner`; what is kept is the complete setting."""
+        learner, phases = (data.get("learner") or {}, data.get("phases")) if isinstance(data, Mapping) else ({}, None)
+        if not isinstance(learner, Mapping) or not isinstance(phases, (list, tuple)):
+            return data
+        return {**data, "phases": [_merge(learner, p) if isinstance(p, Mapping) else p for p in phases]}
+
+    @field_validator("phases")
+    @classmethod
+    def _some_phase(cls, phases: tuple[LearnerConfig, ...] | None) -> tuple[LearnerConfig, ...] | None:
+        return phases if phases is None else _nonempty(phases, "phases; null means the learner's own setting")
+
+    @field_validator("memory")
+    @classmethod
+    def _no_memory(cls, memory: Any) -> None:
+        if memory is not None:
+            raise ValueError("this version has no neural memory; use null")
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+        """Read a YAML file, the files it is a delta of, and `key=value` overrides.
+
+        Args:
+            path: The file; `arm: null` becomes its stem.
+            overrides: `"adapter.k=16"`-like strings; a number picks an entry of a list (`phases.0.lr=1e-4`).
+
+        Raises:
+            ConfigError: Missing or malformed file, unknown key, wrong type, a cycle of `base` keys.
+        """
+        layers = list(_read_layers(Path(path), seen=()))
+        layers.append((str(path), {"arm": layers[-1][1].get("arm") or Path(path).stem}))
+        merged: dict[str, Any] = {}
+        for _, layer in layers:
+            merged = _merge(merged, layer)
+        for override in overrides:
+            merged = _apply_override(merged, override)
+            layers.append(("command line", _apply_override({}, override)))
+        return cls.from_dict(merged, layers=layers)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, layers: list[tuple[str, Any]] | None = None) -> RunConfig:
+        """Validate plain data, with errors of one line; `layers` name the files that the keys came from."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, layers or [])) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved config as plain JSON data; `RunConfig.from_dict` reads it back."""
+        return self.model_dump(mode="json")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the resolved config without `output`: where results lie does not change what they are."""
+        content = {key: value for key, value in self.to_dict().items() if key != "output"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def folder(self) -> Path:
+        """`output/study/arm/seed-n`."""
+        return Path(self.output) / self.study / (self.arm or "arm") / f"seed-{self.seed}"
+
+
+def _nonempty(values: tuple[Any, ...], what: str) -> tuple[Any, ...]:
+    if not values:
+        raise ValueError(f"an empty list of {what}")
+    return values
+
+
+def _known_name(name: str, what: str, known: tuple[str, ...]) -> str:
+    if name in known:
+        return name
+    right = f"known: {', '.join(known)}" if known else f"this version has no {what}s"
+    raise ValueError(f"unknown {what} {name!r}{_nearest(name, known)}; {right}")
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+# Reading YAML ---------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses duplicate keys and reads 1e-3 as the number that people mean (YAML 1.1 does not)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {key!r}", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_FLOAT = re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
+_Loader.yaml_implicit_resolvers = dict(yaml.SafeLoader.yaml_implicit_resolvers)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{where}{line}: {error.problem or 'malformed YAML'}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: malformed YAML: {' '.join(str(error).split())}") from None
+
+
+def _read_layers(path: Path, *, seen: tuple[Path, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The chain of `base` files, the root first. An arm's name is its own: it is not inherited."""
+    resolved = path.resolve()
+    if resolved in seen:
+        chain = " -> ".join(p.name for p in (*seen, resolved))
+        raise ConfigError(f"{path}: base: the files include each other: {chain}")
+    try:
+        data = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read this config: {getattr(error, 'strerror', None) or error}") from None
+    data = {} if data is None else data
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: a config is a mapping of keys, not a {type(data).__name__}")
+    base = data.pop("base", None)
+    if base is not None:
+        if not isinstance(base, str):
+            raise ConfigError(f"{path}: base: expected the path of a file relative to this one, got {base!r}")
+        inherited = list(_read_layers(path.parent / base, seen=(*seen, resolved)))
+        yield from ((where, {k: v for k, v in layer.items() if k != "arm"}) for where, layer in inherited)
+    yield str(path), data
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`: mappings merge, lists and values replace."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _apply_override(data: dict[str, Any], override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"command line: {override!r} is not key=value, for example adapter.kind=none")
+    value = _parse_yaml(text, f"command line: {key}")
+    return _set(data, key.strip().split("."), value)
+
+
+def _set(node: Any, path: list[str], value: Any) -> Any:
+    """A copy of `node` with `value` at the dotted `path`; a digit picks an entry of a list."""
+    head, rest = path[0], path[1:]
+    if isinstance(node, (list, tuple)) and head.isdigit() and int(head) < len(node):
+        index = int(head)
+        return [_set(old, rest, value) if i == index and rest else value if i == index else old
+                for i, old in enumerate(node)]  # fmt: skip
+    if isinstance(node, (list, tuple)):
+        raise ConfigError(f"command line: {head!r} is not the index of one of the {len(node)} entries of a list")
+    node = dict(node) if isinstance(node, Mapping) else {}
+    old = node.get(head)
+    if rest:
+        node[head] = _set(old, rest, value)
+    else:
+        node[head] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return node
+
+
+# Errors of one line ---------------------------------------------------------------------------------------------
+
+
+def _explain(error: ValidationError, layers: list[tuple[str, Any]]) -> str:
+    """Every finding of pydantic as `file: dotted.key: what is wrong`, joined to one line."""
+    found: dict[str, str] = {}
+    for item in error.errors(include_url=False):
+        path = [part for part in item["loc"] if _is_key(part)]
+        dotted = ".".join(str(part) for part in path)
+        if dotted in found:  # a second branch of a union
+            continue
+        if item["type"] == "extra_forbidden":
+            message = f"unknown key{_suggest(path)}"
+        else:
+            message = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+            message += "" if item["type"] == "value_error" else f", got {item['input']!r}"
+        origin = next((where for where, layer in reversed(layers) if _contains(layer, path)), "")
+        found[dotted] = ": ".join(part for part in (origin, dotted, message) if part)
+    return " ".join("; ".join(found.values()).split())
+
+
+def _is_key(part: int | str) -> bool:
+    """Pydantic puts the names of a union's branches into the path too; keys of ours are identifiers."""
+    return isinstance(part, int) or (part.isidentifier() and part not in ("str", "int", "dict", "tuple"))
+
+
+def _contains(layer: Any, path: list[Any]) -> bool:
+    for part in path:
+        known = layer if isinstance(layer, Mapping) else range(len(layer)) if isinstance(layer, (list, tuple)) else ()
+        if part not in known:
+            return False
+        layer = layer[part]
+    return True
+
+
+def _suggest(path: list[Any]) -> str:
+    """The nearest key at the same place, else the same key at another place."""
+    siblings, word = _keys_at(path[:-1]), str(path[-1])
+    near = _nearest(word, siblings)
+    if near:
+        return near
+    elsewhere = [dotted for dotted in _all_keys() if dotted.split(".")[-1] == word]
+    return f", did you mean {elsewhere[0]!r}?" if elsewhere else f"; keys here: {', '.join(siblings)}"
+
+
+def _keys_at(path: list[Any]) -> list[str]:
+    model: type[BaseModel] | None = RunConfig
+    for part in path:
+        if isinstance(part, str) and model is not None:
+            model = _part_of(model.model_fields[part].annotation)
+    return list(model.model_fields) if model else []
+
+
+def _all_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        part = _part_of(field.annotation)
+        if part is not None and name != "phases":
+            yield from _all_keys(part, f"{prefix}{name}.")
+
+
+def _part_of(annotation: Any) -> type[BaseModel] | None:
+    """The config class inside `X`, `X | None` or `tuple[X, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _part_of(inner))), None)

@@ -1,0 +1,82 @@
+"""What a run measures after every task: the columns of R, and one score per item of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import nn
+
+from featcl.errors import FeatclError
+from featcl.evaluation.forward import Targeted
+from featcl.evaluation.matrix import Measure, ScoreMatrix
+from featcl.evaluation.scoring import ItemScorer, heldout_nll, weighted_nll
+from featcl.lab.items import Item
+
+
+class Board(Protocol):
+    """Scores a model on every column of R."""
+
+    measure: Measure
+
+    def score(self, model: nn.Module) -> dict[str, dict[str, float]]:
+        """Column -> item id -> score; a column without items is left out."""
+        ...
+
+
+class GradedBoard:
+    """Graded items: 1 where the greedy reply is right, 0 where it is wrong.
+
+    Args:
+        chat: The chat form of the model's tokenizer.
+        columns: Column -> its items.
+    """
+
+    measure: Measure = "accuracy"
+
+    def __init__(self, chat: Any, columns: Mapping[str, Sequence[Item]]) -> None:
+        for column, items in columns.items():
+            _check_ids(column, [item.id for item in items])
+        self._places = [(column, item.id) for column, items in columns.items() for item in items]
+        self._scorer = ItemScorer(chat, [item for items in columns.values() for item in items])
+
+    def score(self, model: nn.Module) -> dict[str, dict[str, float]]:
+        scores: dict[str, dict[str, float]] = {}
+        for (column, item), right in zip(self._places, self._scorer.score(model), strict=True):
+            scores.setdefault(column, {})[item] = float(right)
+        return scores
+
+
+class LikelihoodBoard:
+    """Held-out text: nats per target token of each trajectory or document, lower is better.
+
+    Args:
+        columns: Column -> item id -> the windows of that item.
+    """
+
+    measure: Measure = "nll"
+
+    def __init__(self, columns: Mapping[str, Mapping[str, Sequence[Targeted]]]) -> None:
+        self._items = [(column, item, tuple(w)) for column, items in columns.items() for item, w in items.items()]
+        if not self._items:
+            raise FeatclError("nothing is held out: the stream needs at least two trajectories of a source")
+
+    def score(self, model: nn.Module) -> dict[str, dict[str, float]]:
+        nlls = iter(heldout_nll(model, [window for _, _, windows in self._items for window in windows]))
+        scores: dict[str, dict[str, float]] = {}
+        for column, item, windows in self._items:
+            scores.setdefault(column, {})[item] = weighted_nll([next(nlls) for _ in windows], windows)
+        return scores
+
+
+def without_columns(matrix: ScoreMatrix, left_out: Sequence[str]) -> ScoreMatrix:
+    """The same matrix without some of its columns that are not tasks, such as probes that should change."""
+    kept = tuple(column for column in matrix.columns if column not in left_out)
+    items = {column: items for column, items in matrix.items.items() if column in kept}
+    return ScoreMatrix(kept, matrix.n_tasks, matrix.measure, matrix.rows, items)
+
+
+def _check_ids(column: str, ids: Sequence[str]) -> None:
+    if len(set(ids)) != len(ids):
+        twice = next(id for id in ids if list(ids).count(id) > 1)
+        raise FeatclError(f"column {column!r}: the item id {twice!r} occurs twice; each item needs its own")

@@ -1,0 +1,250 @@
+"""The laboratory's streams: which tasks, in which order, with how much garbage."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Literal, get_args
+
+from featcl.errors import FeatclError
+from featcl.files import digest_json
+from featcl.lab import lexicon as lex
+from featcl.lab import phrases as say
+from featcl.lab.corpus import Conversation, as_messages, conversations
+from featcl.lab.items import Item
+from featcl.lab.skills import SKILLS, Exchange, random_device
+from featcl.lab.tasks import TASKS, Ask, LabTask, TaskPlan, make_task, trajectory_of
+from featcl.lab.world import Fact, Style, World, WorldName, make_world
+from featcl.streams.trajectory import Trajectory
+
+Order = Literal["blocked", "shuffled", "gradual", "recurring"]
+SOURCES = ("kitchen tablet", "hall speaker", "phone", "guest pad")
+BAD_SOURCES = SOURCES[2:]  # unstated: a learner has to find out
+
+STREAMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "lab/applications": (
+        ("home_facts", "code_library", "home_style", "code_skill", "code_convention", "home_moves", "code_rename"),
+        (),
+    ),
+    "lab/home": (("home_facts", "home_style", "home_moves"), ()),
+    "lab/coding": (("code_library", "code_skill", "code_convention", "code_rename"), ()),
+    "lab/labels": (("labels_first", "labels_last"), ("labels_across",)),
+    "lab/composition": (
+        ("home_facts", "code_library", "home_style", "code_convention"),
+        ("style_and_fact", "style_and_fact_named", "convention_and_library", "convention_and_library_named"),
+    ),
+    "lab/related": (("related_first", "related_second"), ()),
+    "lab/thousand": ((), ()),
+}
+RELATED_TRAJECTORIES = 8
+THOUSAND_TASKS, THOUSAND_FACTS, THOUSAND_TRAJECTORIES = 50, 5, 20
+
+
+@dataclass(frozen=True)
+class LabStream:
+    """A stream with its graded tasks, and conversations of the calibration split for selecting features.
+
+    Attributes:
+        tasks: In the order in which rows of R are made. With an order other than `blocked`, the trajectories of a
+            segment belong to several tasks, while its items stay those of one.
+        probes: Graded tasks that are never taught.
+        positive, negative: Conversations in which the stream's domains do and do not occur; disjoint from stream and
+            items.
+        background: Conversations of the kind that the base model was trained on.
+    """
+
+    name: str
+    world: str
+    order: str
+    garbage: float
+    tasks: tuple[LabTask, ...]
+    probes: tuple[LabTask, ...]
+    positive: tuple[Conversation, ...]
+    negative: tuple[Conversation, ...]
+    background: tuple[Conversation, ...]
+
+    @property
+    def digest(self) -> str:
+        """Digest of everything that is taught and asked."""
+        return digest_json([self.name, self.world, self.order, self.garbage, [_summary(t) for t in self.tasks + self.probes]])
+
+
+def load_stream(name: str = "lab/applications", *, world: WorldName = "development", seed: int = 0,
+                order: Order = "blocked", garbage: float = 0.0, tasks: Sequence[str] | None = None) -> LabStream:  # fmt: skip
+    """One of the laboratory's streams.
+
+    Args:
+        name: A key of `STREAMS`.
+        world: Whose truths are taught: tune on `development`, report on `unseen`.
+        seed: Order of trajectories and choice of garbage; tasks and items do not depend on it.
+        order: `blocked` task after task; `shuffled`; `gradual`: neighbours overlap; `recurring`: every task twice.
+        garbage: Share of trajectories that are wrong, contradictory or adversarial.
+        tasks: Which of the stream's tasks; None for all.
+
+    Raises:
+        FeatclError: If the name, world, order, share or a task is not one that exists.
+    """
+    _check(name, world, order, garbage)
+    truth = make_world(world)
+    made = _thousand(truth) if name == "lab/thousand" else [_task(task, truth) for task in _chosen(name, tasks)]
+    rng = random.Random(f"{seed}/{name}")
+    taught = [_with_sources(task, garbage, truth, rng) for task in made]
+    positive, negative = calibration(truth)
+    return LabStream(
+        name=name,
+        world=world,
+        order=order,
+        garbage=garbage,
+        tasks=_ORDERS[order](taught, rng),
+        probes=tuple(make_task(probe, truth, trajectories=0) for probe in STREAMS[name][1]),
+        positive=positive,
+        negative=negative,
+        background=tuple(islice(conversations(seed=991), 256)),
+    )
+
+
+def calibration(world: World) -> tuple[tuple[Conversation, ...], tuple[Conversation, ...]]:
+    """Conversations with and without what an application is about, made of truths that no stream teaches."""
+    rng = random.Random(f"calibration/{world.name}")
+    positive: list[Exchange] = []
+    for _ in range(128):
+        person, style = rng.choice(lex.OTHER_PEOPLE), Style(*map(rng.choice, (lex.REGISTERS, lex.ADDRESSES, lex.CLOSERS)))
+        room, device, state = random_device(rng)
+        fact = Fact(person, attribute := rng.choice(list(lex.ATTRIBUTES)), rng.choice(lex.ATTRIBUTES[attribute][0]))
+        operation, data = rng.choice(list(lex.OPERATIONS)), rng.choice(lex.DATA)
+        phrasing = rng.randrange(say.HELD_OUT)
+        opening = say.SPEAKERS[phrasing].format(p=person)
+        positive += [
+            Exchange(f"{opening} {say.device_request(room, device, state, phrasing)}",
+                     say.device_reply(room, device, state, style)),
+            Exchange(fact.question(phrasing), f"{fact.statement}."),
+            Exchange(say.operation_request("flux", operation, data, phrasing), f"flux.{rng.choice(lex.NONCE)}({data})"),
+            Exchange(say.name_request("lotus", operation, data, phrasing), f"{operation}_{data}"),
+        ]  # fmt: skip
+    names = ("arithmetic", "copying", "reversal", "instructions", "logic", "language", "persona")
+    negative = [SKILLS[rng.choice(names)](rng) for _ in positive]
+    return tuple(as_messages([exchange]) for exchange in positive), tuple(as_messages([e]) for e in negative)
+
+
+def _check(name: str, world: str, order: str, garbage: float) -> None:
+    for what, value, known in (("stream", name, tuple(STREAMS)), ("world", world, get_args(WorldName)),
+                               ("order", order, get_args(Order))):  # fmt: skip
+        if value not in known:
+            raise FeatclError(f"lab {what} {value!r} does not exist; there is {', '.join(known)}")
+    if not 0.0 <= garbage <= 1.0:
+        raise FeatclError(f"stream.garbage is {garbage}; it is a share, from 0 to 1")
+
+
+def _chosen(name: str, tasks: Sequence[str] | None) -> tuple[str, ...]:
+    known = STREAMS[name][0]
+    unknown = [task for task in tasks or () if task not in known]
+    if unknown:
+        raise FeatclError(f"task {unknown[0]!r} is not in {name}; there are {', '.join(known)}")
+    return known if tasks is None else tuple(tasks)
+
+
+def _task(name: str, world: World) -> LabTask:
+    if not name.startswith("related_"):
+        return make_task(name, world)
+    project = list(world.related)[name == "related_second"]
+    only = replace(world, conventions={project: world.related[project]})
+    return make_task(name, world, plan=_within(TASKS["code_convention"], only), trajectories=RELATED_TRAJECTORIES)
+
+
+def _thousand(world: World) -> list[LabTask]:
+    """A thousand experiences: fifty small tasks of twenty, each about five facts on people the base does not know."""
+    rng = random.Random(f"thousand/{world.name}")
+    pairs = [(person, name) for person in lex.PEOPLE if person not in lex.BASE_PEOPLE for name in lex.ATTRIBUTES]
+    facts = [Fact(*pair, rng.choice(lex.ATTRIBUTES[pair[1]][0])) for pair in rng.sample(pairs, len(pairs))]
+    tasks = []
+    for index in range(THOUSAND_TASKS):
+        small = replace(world, facts=tuple(facts[index * THOUSAND_FACTS : (index + 1) * THOUSAND_FACTS]))
+        plan = _within(TASKS["home_facts"], small)
+        tasks.append(make_task(f"facts_{index:02d}", world, plan=plan, trajectories=THOUSAND_TRAJECTORIES,
+                               items=THOUSAND_FACTS))  # fmt: skip
+    return tasks
+
+
+def _within(plan: TaskPlan, world: World) -> TaskPlan:
+    """The same plan, always asking about `world`."""
+    return replace(plan, ask=lambda _, rng, shown: plan.ask(world, rng, shown))
+
+
+# --- sources and garbage ------------------------------------------------------------------------------------------
+
+
+def _with_sources(task: LabTask, share: float, world: World, rng: random.Random) -> LabTask:
+    """Every trajectory gets a source; a share of them is replaced by garbage, mostly from the bad sources."""
+    made = []
+    for trajectory in task.trajectories:
+        bad = rng.random() < share
+        source = rng.choice(BAD_SOURCES if bad and rng.random() < 0.9 else SOURCES)
+        made.append(replace(_spoilt(trajectory, task, world, rng) if bad else trajectory, source=source))
+    return replace(task, trajectories=tuple(made))
+
+
+def _spoilt(trajectory: Trajectory, task: LabTask, world: World, rng: random.Random) -> Trajectory:
+    """Wrong: answers of other requests. Contradictory: the same request answered in two ways. Adversarial: damage."""
+    kind = rng.choice(("wrong", "contradictory", "adversarial"))
+    plan = TASKS.get(task.name, TASKS["home_facts"])
+    asks = [plan.ask(world, rng, True) for _ in range(2)]
+    strangers = [plan.ask(world, rng, True).exchange.assistant for _ in range(2)]
+    if kind == "wrong":
+        asks = [_answered(ask, other) for ask, other in zip(asks, strangers, strict=True)]
+    elif kind == "contradictory":
+        asks = [_answered(asks[0], strangers[0]), _answered(asks[0], strangers[1])]
+    else:
+        asks = [_answered(ask, " ".join(rng.choices(lex.NONCE, k=4))) for ask in asks]
+    spoilt = trajectory_of(asks, id=trajectory.id, task=task.name, source=trajectory.source)
+    return replace(spoilt, meta={**spoilt.meta, "garbage": kind})
+
+
+def _answered(ask: Ask, reply: str) -> Ask:
+    return Ask(Exchange(ask.exchange.user, reply), "")
+
+
+# --- orders -------------------------------------------------------------------------------------------------------
+
+
+def _blocked(tasks: list[LabTask], rng: random.Random) -> tuple[LabTask, ...]:
+    return tuple(replace(task, trajectories=tuple(rng.sample(task.trajectories, len(task.trajectories)))) for task in tasks)
+
+
+def _shuffled(tasks: list[LabTask], rng: random.Random) -> tuple[LabTask, ...]:
+    return _mixed(tasks, rng, lambda position: rng.random())
+
+
+def _gradual(tasks: list[LabTask], rng: random.Random) -> tuple[LabTask, ...]:
+    """Each trajectory moves by about one task's length: what comes next begins before this one ends."""
+    return _mixed(tasks, rng, lambda position: position + rng.gauss(0.0, 0.5))
+
+
+def _recurring(tasks: list[LabTask], rng: random.Random) -> tuple[LabTask, ...]:
+    """Every task twice, half of its trajectories each time."""
+    first = [replace(task, trajectories=task.trajectories[::2]) for task in tasks]
+    again = [replace(task, name=f"{task.name}_again", trajectories=task.trajectories[1::2], items=()) for task in tasks]
+    return _blocked(first + again, rng)
+
+
+def _mixed(tasks: list[LabTask], rng: random.Random, key: Callable[[float], float]) -> tuple[LabTask, ...]:
+    """Sort all trajectories by a key of their place in the stream, and cut at the old lengths."""
+    placed = [(index + i / max(1, len(task.trajectories)), trajectory)
+              for index, task in enumerate(tasks) for i, trajectory in enumerate(task.trajectories)]  # fmt: skip
+    ordered = iter([trajectory for _, trajectory in sorted(((key(place), t) for place, t in placed), key=lambda p: p[0])])
+    return tuple(replace(task, trajectories=tuple(next(ordered) for _ in task.trajectories)) for task in tasks)
+
+
+_ORDERS: dict[str, Callable[[list[LabTask], random.Random], tuple[LabTask, ...]]] = {
+    "blocked": _blocked, "shuffled": _shuffled, "gradual": _gradual, "recurring": _recurring,
+}  # fmt: skip
+
+
+def _summary(task: LabTask) -> list:
+    taught = [[t.id, [(m["role"], m["content"]) for m in t.messages]] for t in task.trajectories]
+    return [task.name, task.kind, taught, [_asked(item) for item in task.items]]
+
+
+def _asked(item: Item) -> list:
+    return [item.id, [m["content"] for m in item.messages], item.answer, item.grader]

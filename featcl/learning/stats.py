@@ -1,0 +1,64 @@
+"""What one update measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """One call of `Learner.observe`.
+
+    Attributes:
+        trajectory, source, task: What was learned from.
+        version: Number of accepted updates, this one included.
+        objective: Names of the objectives, joined by `+`.
+        loss: Weighted sum of the objectives, at the first step.
+        losses: Each objective's mean over tokens, under its logged name, at the first step.
+        lr: Learning rate.
+        grad_norm: Euclidean norm of the gradient in coordinates, at the first step.
+        kl: KL(before ‖ after) in nats per token, on the tokens learned from.
+        step_scale: Share of the step that the trust region let through; 1 where it did not bind.
+        delta_norm: ‖ΔW‖ after the update.
+        tokens: Targets learned from, over all steps.
+        tokens_left_out: Tokens of the trajectory that are in no window of the model's context.
+        seconds: Wall clock.
+    """
+
+    trajectory: str
+    source: str
+    task: str
+    version: int
+    objective: str
+    loss: float
+    losses: Mapping[str, float]
+    lr: float
+    grad_norm: float
+    kl: float
+    step_scale: float
+    delta_norm: float
+    tokens: int
+    tokens_left_out: int
+    seconds: float
+
+    def record(self) -> dict[str, Any]:
+        """Flat, under the names that are logged."""
+        return {
+            "trajectory": self.trajectory,
+            "source": self.source,
+            "task": self.task,
+            "version": self.version,
+            "objective": self.objective,
+            "train/loss": self.loss,
+            **self.losses,
+            "optim/lr": self.lr,
+            "optim/grad_norm": self.grad_norm,
+            "update/kl": self.kl,
+            "update/step_scale": self.step_scale,
+            "constraint/delta_norm": self.delta_norm,
+            "cost/tokens": self.tokens,
+            "tokens_left_out": self.tokens_left_out,
+            "seconds": self.seconds,
+        }

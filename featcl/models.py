@@ -1,0 +1,462 @@
+"""Loading models strictly, and the map of what writes to and reads from their residual stream.
+
+The only file that knows Gemma from OLMo.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from featcl.errors import FeatclError
+
+LAB_ASSETS = Path(__file__).parent / "lab" / "assets"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+# --- loading ----------------------------------------------------------------------------------------------------
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+) -> tuple[Any, Any]:
+    """A causal language model with its tokenizer, frozen and in evaluation mode; nothing is loaded halfway.
+
+    Only safetensors are read and no remote code runs. Every weight must be present, finite and of the shape that the
+    config asks for (transformers itself only warns, and fills gaps with random numbers).
+
+    Args:
+        name_or_path: `lab/…` for a model of the pocket laboratory, a folder, or a Hugging Face id.
+        dtype: None or "auto": float32 on a CPU whatever the checkpoint holds, the checkpoint's own dtype on CUDA.
+            Else a torch dtype or its name.
+        device: None or "auto": CUDA where there is one, else the CPU.
+        revision: Of a Hugging Face id; branch, tag or commit.
+
+    Returns:
+        The model, and its tokenizer; a tokenizer without padding token pads with its end-of-text token.
+
+    Raises:
+        FeatclError: One line that says which file or tensor is wrong.
+    """
+    device = _device(device)
+    folder = _model_folder(str(name_or_path), revision)
+    _check_folder(folder)
+    model = _load_weights(folder, _dtype(dtype, device))
+    tokenizer = load_tokenizer(folder)
+    _check_vocabulary(model, tokenizer, folder)
+    return model.requires_grad_(False).eval().to(device), tokenizer
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a model folder; where it has no padding token it pads with its end-of-text token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FeatclError(f"{folder} has no tokenizer that transformers can read: {_first_line(error)}") from error
+    if tokenizer.pad_token is None:
+        fallback = tokenizer.eos_token or tokenizer.unk_token
+        if fallback is None:
+            raise FeatclError(f"the tokenizer in {folder} has neither a padding nor an end-of-text token")
+        tokenizer.pad_token = fallback
+    return tokenizer
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise FeatclError(f"unknown device {device!r}: auto, cpu, cuda or cuda:N") from error
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | Literal["auto"]:
+    if dtype is None or dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise FeatclError(f"unknown dtype {dtype!r}: auto, {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    return dtype
+
+
+def _model_folder(name: str, revision: str | None) -> Path:
+    if name.startswith("lab/"):
+        folder = LAB_ASSETS / name.removeprefix("lab/")
+        if not (folder / "config.json").is_file():
+            have = sorted(f"lab/{path.parent.name}" for path in LAB_ASSETS.glob("*/config.json"))
+            raise FeatclError(f"no laboratory model {name!r}: there is {', '.join(have) or 'none'}")
+        return folder
+    if (path := Path(name).expanduser()).exists():
+        return path
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise FeatclError(f"no model folder {name!r} (and that is not a Hugging Face id, which reads owner/name)")
+    return _download(name, revision)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        wanted = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise FeatclError(
+            f"no folder {name!r} here, and no such model from the Hugging Face hub or its cache "
+            f"({type(error).__name__}: {_first_line(error)}); without network, give a local folder"
+        ) from error
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FeatclError(f"{folder} is a file: a model is a folder with config.json and safetensors")
+    if not (folder / "config.json").is_file():
+        what = "a PEFT adapter, not a model" if (folder / "adapter_config.json").is_file() else "not a model folder"
+        raise FeatclError(f"{folder} has no config.json: it is {what}")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+        found = f"only pickled weights ({', '.join(pickles)}), which are not loaded" if pickles else "no weights"
+        raise FeatclError(f"{folder} holds {found}: featcl reads safetensors")
+    for file in files:
+        _check_header(file)
+    if (index := folder / "model.safetensors.index.json").is_file():
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        if missing := sorted(shards - {file.name for file in files}):
+            raise FeatclError(f"{folder} lacks {', '.join(missing)}, which its index names")
+
+
+def _check_header(file: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as tensors:
+            names = list(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        raise FeatclError(f"{file} is not a complete safetensors file: {_first_line(error)}") from error
+    if not names:
+        raise FeatclError(f"{file} holds no tensors")
+
+
+def _load_weights(folder: Path, dtype: torch.dtype | Literal["auto"]) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # so that they are listed; each is an error below
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise FeatclError(f"{folder} does not load as a causal language model: {_first_line(error)}") from error
+    model, info = loaded
+    _check_weights(folder, model, info)
+    return model
+
+
+def _check_weights(folder: Path, model: nn.Module, info: dict[str, Any]) -> None:
+    if wrong := sorted(info["mismatched_keys"]):
+        name, found, expected = wrong[0]
+        raise FeatclError(
+            f"{folder}: {name} is {list(found)} but config.json asks for {list(expected)}{_and_more(wrong)}"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise FeatclError(f"{folder}: the weights lack {missing[0]}{_and_more(missing)}, which config.json asks for")
+    if extra := sorted(info["unexpected_keys"]):
+        raise FeatclError(f"{folder}: the weights hold {extra[0]}{_and_more(extra)}, unknown to config.json's model")
+    if info["error_msgs"]:
+        raise FeatclError(f"{folder}: {_first_line(info['error_msgs'][0])}")
+    for name, tensor in model.named_parameters():
+        if not bool(torch.isfinite(tensor).all()):
+            raise FeatclError(f"{folder}: {name} holds NaN or infinity")
+
+
+def _check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
+    highest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
+    if highest >= rows:
+        raise FeatclError(f"{folder}: the tokenizer makes id {highest}, but the model embeds only {rows} tokens")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: object) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _and_more(items: list[Any]) -> str:
+    return f" (and {len(items) - 1} more)" if len(items) > 1 else ""
+
+
+# --- the residual stream ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A linear layer that reads from the residual stream or writes to it.
+
+    Attributes:
+        name: Its full module path in the model.
+        layer: Index of its block.
+        gain: Gain g of the norm between it and the stream, float32 (1 + w for Gemma), or None: after the linear for a
+            writer, before it for a reader.
+        norm_name: Full module path of that norm, or None.
+        centered: Whether that norm subtracts the mean (OLMo-1).
+        eps: What that norm adds to the mean square.
+    """
+
+    name: str
+    layer: int
+    gain: Float[Tensor, " d_model"] | None
+    norm_name: str | None
+    centered: bool = False
+    eps: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class ResidualMap:
+    """Where a model's residual stream is written and read.
+
+    Attributes:
+        family: The config's model type.
+        d_model: Width of the stream.
+        n_layers: Number of blocks.
+        layers_path: Module path of the list of blocks.
+        writers: `o_proj`, `down_proj` of every block, in order.
+        readers: `q_proj`, `k_proj`, `v_proj`, `gate_proj`, `up_proj` of every block, in order.
+    """
+
+    family: str
+    d_model: int
+    n_layers: int
+    layers_path: str
+    writers: tuple[Site, ...]
+    readers: tuple[Site, ...]
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Names of the norms around attention and MLP, and what their gain is."""
+
+    pre: tuple[str | None, str | None]
+    post: tuple[str | None, str | None]
+    gain: Literal["weight", "one_plus_weight", "none"]
+    centered: bool = False
+
+
+# `post_attention_layernorm` misleads: the pre-norm of the MLP in the first row, a post-norm in the others.
+_PRE = ("input_layernorm", "post_attention_layernorm")
+_POST = ("post_attention_layernorm", "post_feedforward_layernorm")
+_SANDWICH = ("input_layernorm", "pre_feedforward_layernorm")
+_NONE = (None, None)
+FAMILIES = {
+    "llama": _Family(_PRE, _NONE, "weight"),
+    "qwen3": _Family(_PRE, _NONE, "weight"),
+    "gemma": _Family(_PRE, _NONE, "one_plus_weight"),
+    "gemma2": _Family(_SANDWICH, _POST, "one_plus_weight"),
+    "gemma3": _Family(_SANDWICH, _POST, "one_plus_weight"),
+    "gemma3_text": _Family(_SANDWICH, _POST, "one_plus_weight"),
+    "olmo": _Family(_PRE, _NONE, "none", centered=True),
+    "olmo2": _Family(_NONE, _POST, "weight"),
+    "olmo3": _Family(_NONE, _POST, "weight"),
+}
+_PARTS = (("self_attn", "o_proj", ("q_proj", "k_proj", "v_proj")), ("mlp", "down_proj", ("gate_proj", "up_proj")))
+_LAYERS_PATHS = ("model.layers", "model.language_model.layers", "language_model.model.layers")
+
+
+def residual_map(model: nn.Module) -> ResidualMap:
+    """The writers and readers of a model's residual stream, with the gains of the norms beside them.
+
+    Args:
+        model: Gemma-1/2/3 (text or conditional generation), OLMo-1/2/3, Llama or Qwen-3, adapted or not.
+
+    Raises:
+        FeatclError: For another architecture, or a module that is missing or of another width.
+    """
+    model = inner_model(model)
+    config: Any = model.config
+    if config.model_type not in FAMILIES:
+        raise FeatclError(
+            f"unknown architecture {config.model_type!r}: which linears touch its residual stream and which norms "
+            f"stand between is not known; known are {', '.join(sorted(FAMILIES))}"
+        )
+    family, path = FAMILIES[config.model_type], _layers_path(model)
+    d_model, n_layers = config.get_text_config().hidden_size, len(_submodule(model, path))  # type: ignore[arg-type]
+    writers: list[Site] = []
+    readers: list[Site] = []
+    for layer in range(n_layers):
+        block = f"{path}.{layer}"
+        for (part, writer, read_by), pre, post in zip(_PARTS, family.pre, family.post, strict=True):
+            writers.append(_site(model, family, f"{block}.{part}.{writer}", post, d_model, "out_features"))
+            readers += [
+                _site(model, family, f"{block}.{part}.{reader}", pre, d_model, "in_features") for reader in read_by
+            ]
+    return ResidualMap(config.model_type, d_model, n_layers, path, tuple(writers), tuple(readers))
+
+
+def _site(model: nn.Module, family: _Family, name: str, norm: str | None, d_model: int, side: str) -> Site:
+    width = getattr(_submodule(model, name), side, None)
+    if width != d_model:
+        raise FeatclError(f"{name}: {side} is {width}, but the residual stream has d_model = {d_model}")
+    block = name.rsplit(".", 2)[0]
+    layer = int(block.rsplit(".", 1)[1])
+    if norm is None:
+        return Site(name, layer, None, None)
+    module = _submodule(model, f"{block}.{norm}")
+    eps = float(getattr(module, "eps", getattr(module, "variance_epsilon", 1e-5)))
+    gain = None
+    if family.gain != "none":
+        gain = module.weight.detach().float().clone()  # type: ignore[union-attr]
+        gain = 1.0 + gain if family.gain == "one_plus_weight" else gain
+    return Site(name, layer, gain, f"{block}.{norm}", centered=family.centered, eps=eps)
+
+
+def _layers_path(model: nn.Module) -> str:
+    for path in _LAYERS_PATHS:
+        try:
+            if isinstance(model.get_submodule(path), nn.ModuleList):
+                return path
+        except AttributeError:
+            continue
+    raise FeatclError(f"{type(model).__name__} has no list of blocks at {', '.join(_LAYERS_PATHS)}")
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise FeatclError(f"{type(model).__name__} has no module {name}: {error}") from error
+
+
+def inner_model(model: Any) -> Any:
+    """The Hugging Face model inside a PeftModel, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def resolve_hook(model: nn.Module, hook_name: str) -> tuple[str, int]:
+    """The block whose output a residual-stream hook means, in either spelling.
+
+    Args:
+        model: The model that the hook belongs to.
+        hook_name: `blocks.{L}.hook_resid_post`, `blocks.{L}.hook_resid_pre` (the output of the block before), or a
+            module path such as `model.layers.{L}`.
+
+    Returns:
+        The module path of the block, and its index.
+
+    Raises:
+        FeatclError: For another kind of hook, or a layer that the model does not have.
+    """
+    model = inner_model(model)
+    path = _layers_path(model)
+    n_layers = len(_submodule(model, path))  # type: ignore[arg-type]
+    if match := re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook_name):
+        layer = int(match[1]) - (match[2] == "pre")
+    elif match := re.fullmatch(r"(?:[\w]+\.)*layers\.(\d+)", hook_name):
+        layer = int(match[1])
+    else:
+        raise FeatclError(f"{hook_name!r} is no residual-stream hook: blocks.{{L}}.hook_resid_post or {path}.{{L}}")
+    if not 0 <= layer < n_layers:
+        raise FeatclError(f"{hook_name!r}: the model has blocks 0 to {n_layers - 1} (a hook lies at a block's output)")
+    return f"{path}.{layer}", layer
+
+
+class _Stop(Exception):
+    """Ends a forward pass at the hook."""
+
+
+@torch.no_grad()
+def residual_stream(
+    model: nn.Module,
+    input_ids: Int[Tensor, "batch seq"],
+    attention_mask: Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"] | None = None,
+    *,
+    layer: int,
+) -> Float[Tensor, "batch seq d_model"]:
+    """The residual stream after block `layer`; the forward pass ends there.
+
+    Args:
+        model: A causal language model, adapted or not.
+        input_ids: Token ids.
+        attention_mask: 1 where there is a token; all of them by default.
+        layer: Block whose output is wanted.
+
+    Returns:
+        The block's output in the model's dtype, without graph.
+
+    Raises:
+        FeatclError: If there is no such block.
+    """
+    model = inner_model(model)
+    path, _ = resolve_hook(model, f"{_layers_path(model)}.{layer}")
+    caught: list[Tensor] = []
+
+    def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        caught.append(output[0] if isinstance(output, tuple) else output)
+        raise _Stop
+
+    handle = model.get_submodule(path).register_forward_hook(catch)
+    try:
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return caught[0].detach()
+
+
+def max_context(model: nn.Module) -> int:
+    """The longest sequence, in tokens, that the model's positions were made for."""
+    config: Any = inner_model(model).config
+    return int(config.get_text_config().max_position_embeddings)
+
+
+def model_digest(model: nn.Module) -> str:
+    """SHA-256 of a model's architecture and base weights (names, dtypes, shapes, content); adapters do not count."""
+    model = inner_model(model)
+    config: Any = model.config
+    digest = hashlib.sha256(str(config.model_type).encode())
+    for name, tensor in sorted(model.named_parameters()):
+        if ".lora_" in name:
+            continue
+        header = f"{name.replace('.base_layer.', '.')} {tensor.dtype} {list(tensor.shape)}"
+        digest.update(header.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

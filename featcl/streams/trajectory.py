@@ -1,0 +1,143 @@
+"""One episode of a stream: what was said, by whom, and what came of it."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from featcl.errors import FeatclError
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One episode: chat messages, or raw text to learn from.
+
+    Attributes:
+        id: Unique within its stream; seeds the generators of the update that learns from it.
+        source: Where it comes from (an application, an agent, a user's device).
+        task: Label of the segment of the stream it belongs to.
+        messages: OpenAI chat form, tool calls included; empty for raw text.
+        text: Raw text, every token of which is learned from; None for a conversation.
+        user: Whose episode it is.
+        reward: Finite scalar outcome, or None.
+        feedback: What somebody said about it afterwards.
+        chosen, rejected: A preferred and a dispreferred reply to `messages`.
+        token_ids, logprobs: What was sampled when it was recorded, and its log-probabilities in nats.
+        adapter_version: The adapter that produced it.
+        meta: Anything else; `meta["context"]` is privileged text for the teacher of self-distillation.
+    """
+
+    id: str
+    source: str = "unknown"
+    task: str = "default"
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+    user: str | None = None
+    reward: float | None = None
+    feedback: str | None = None
+    chosen: str | tuple[Message, ...] | None = None
+    rejected: str | tuple[Message, ...] | None = None
+    token_ids: tuple[int, ...] | None = None
+    logprobs: tuple[float, ...] | None = None
+    adapter_version: int | str | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.id, str) or not self.id:
+            raise FeatclError(f"trajectory: id must be a non-empty string, got {self.id!r}")
+        for name in ("source", "task"):
+            if not isinstance(getattr(self, name), str):
+                raise FeatclError(f"{self._where}: {name} must be a string, got {getattr(self, name)!r}")
+        for name in ("text", "user", "feedback"):
+            if not isinstance(getattr(self, name), str | None):
+                raise FeatclError(f"{self._where}: {name} must be a string or null, got {getattr(self, name)!r}")
+        if not isinstance(self.meta, Mapping):
+            raise FeatclError(f"{self._where}: meta must be an object, got {type(self.meta).__name__}")
+        object.__setattr__(self, "messages", _messages(self.messages, f"{self._where}: messages"))
+        for name in ("chosen", "rejected"):
+            if not isinstance(getattr(self, name), str | None):
+                object.__setattr__(self, name, _messages(getattr(self, name), f"{self._where}: {name}"))
+        for name, kind in (("token_ids", int), ("logprobs", float)):
+            object.__setattr__(self, name, _numbers(getattr(self, name), kind, f"{self._where}: {name}"))
+        if self.reward is not None and (not _is_number(self.reward) or not math.isfinite(self.reward)):
+            raise FeatclError(f"{self._where}: reward must be a finite number or null, got {self.reward!r}")
+        if bool(self.messages) == bool(self.text):
+            raise FeatclError(f"{self._where}: exactly one of messages and text must be given and not empty")
+
+    @property
+    def _where(self) -> str:
+        return f"trajectory {self.id!r}"
+
+    @classmethod
+    def from_record(cls, record: Any) -> Trajectory:
+        """Build from one parsed line of a stream file.
+
+        Raises:
+            FeatclError: If it is not an object, has an unknown key, or a field has the wrong form.
+        """
+        if not isinstance(record, Mapping):
+            raise FeatclError(f"a trajectory is a JSON object, got {type(record).__name__}")
+        names = [f.name for f in fields(cls)]
+        for key in record:
+            if key not in names:
+                near = difflib.get_close_matches(str(key), names, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}; put others in meta"
+                raise FeatclError(f"trajectory has an unknown key {key!r}; {hint}")
+        if "id" not in record:
+            raise FeatclError("trajectory has no id")
+        optional = {key: value for key, value in record.items() if value is not None}
+        return cls(**{"id": record["id"], **optional})
+
+    def to_record(self) -> dict[str, Any]:
+        """The JSON object of this trajectory, empty fields left out."""
+        record = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {key: _plain(value) for key, value in record.items()}
+        return {key: value for key, value in plain.items() if value not in (None, [], {})}
+
+
+def check_messages(messages: Any, where: str) -> None:
+    """Raise FeatclError unless `messages` is a sequence of chat messages with known roles and usable contents."""
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
+        raise FeatclError(f"{where} must be a list of objects, got {type(messages).__name__}")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise FeatclError(f"{where}[{index}] must be an object, got {type(message).__name__}")
+        if message.get("role") not in ROLES:
+            raise FeatclError(f"{where}[{index}] has role {message.get('role')!r}; roles are {', '.join(ROLES)}")
+        content, calls = message.get("content"), message.get("tool_calls")
+        if content is None and not calls:
+            raise FeatclError(f"{where}[{index}] has neither content nor tool_calls")
+        if not isinstance(content, str | list | tuple | None):
+            raise FeatclError(f"{where}[{index}] content must be text or a list of text parts, got {content!r}")
+
+
+def _messages(messages: Any, where: str) -> tuple[Message, ...]:
+    check_messages(messages, where)
+    return tuple(dict(message) for message in messages)
+
+
+def _numbers(values: Any, kind: type, where: str) -> tuple | None:
+    if values is None:
+        return None
+    good = isinstance(values, Sequence) and not isinstance(values, str) and all(_is_number(v) for v in values)
+    if not good or (kind is int and not all(isinstance(v, int) for v in values)):
+        raise FeatclError(f"{where} must be a list of {kind.__name__}s")
+    return tuple(kind(value) for value in values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value
