@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    Strict,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 
 class ConfigError(ValueError):
@@ -116,6 +126,10 @@ class ObjectiveConfig(Part):
     temperature: Annotated[float, Strict(), Field(ge=0)] | None = None
     on_policy: Annotated[bool, Strict()] | None = None
     texts: Count | None = None
+
+    @model_serializer(mode="wrap")
+    def _set_options_only(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in plain(self).items() if value is not None}
 
     @field_validator("name")
     @classmethod

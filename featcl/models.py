@@ -139,7 +139,10 @@ def _check_folder(folder: Path) -> None:
     for file in files:
         _check_header(file)
     if (index := folder / "model.safetensors.index.json").is_file():
-        shards = set(json.loads(index.read_text())["weight_map"].values())
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError) as error:
+            raise FeatclError(f"{index} is not a safetensors index: {_first_line(error)}") from error
         if missing := sorted(shards - {file.name for file in files}):
             raise FeatclError(f"{folder} lacks {', '.join(missing)}, which its index names")
 

@@ -71,8 +71,8 @@ def independent_rows(
 ) -> list[int]:
     """Positions of the rows to keep so that none is near-dependent, in ascending order.
 
-    Pivoted Gram-Schmidt on the unit-normalised rows: the row with the longest remainder goes next (the earlier one on
-    a tie); when no remainder reaches `tolerance`, the rows left over are dependent.
+    Pivoted Gram-Schmidt on the unit-normalised rows: the row with the longest remainder goes next (of nearly equal
+    ones the first, so that of two twins the earlier stays); when none reaches `tolerance`, the rest are dependent.
 
     Args:
         vectors: Rows, any length above zero.
@@ -95,9 +95,10 @@ def independent_rows(
     for _ in range(len(names)):
         remainder = rest.norm(dim=1)
         remainder[kept] = 0.0
-        pivot = int(remainder.argmax())
-        if remainder[pivot] < tolerance:
+        longest = remainder.max()
+        if longest < tolerance:
             break
+        pivot = int((remainder >= 0.999 * longest).int().argmax())
         kept.append(pivot)
         unit = rest[pivot] / remainder[pivot]
         rest = rest - torch.outer(rest @ unit, unit)

@@ -66,9 +66,8 @@ def constrain(
         fold_norms=fold_norms,
     )
     k = max(len(plan.fold.vectors) for plan in plans)
-    free = max(plan.fold.basis.shape[1] for plan in plans)
     if rank is not None and not 1 <= rank <= k:
         raise FeatclError(f"rank {rank} is not between 1 and k = {k}, the number of directions")
-    rank = rank or (k if kind == "none" else free)
+    rank = rank or k
     peft_model, sites = attach(model, plans, kind=kind, rank=rank, seed=seed)
     return ConstrainedAdapter(peft_model, sites, kind=kind, rank=rank)

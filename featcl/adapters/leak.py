@@ -15,8 +15,8 @@ from torch import Tensor
 from featcl.adapters.lora import ADAPTER, LoraSite
 from featcl.adapters.plan import Role
 from featcl.errors import FeatclError
-from featcl.models import inner_model, residual_stream
-from featcl.subspace import lowdin
+from featcl.models import inner_model, residual_map, residual_stream
+from featcl.subspace import independent_rows, lowdin
 
 if TYPE_CHECKING:
     from featcl.adapters.adapter import ConstrainedAdapter
@@ -82,8 +82,9 @@ def measure_leak(
         FeatclError: If no token counts, or the adapter is switched off.
     """
     keep = counted_tokens(adapter.model, input_ids, attention_mask)
+    live = {site.name: site.gain for site in residual_map(adapter.model).writers}  # as it is now, not when planned
     writers = [site for site in adapter.sites if site.plan.role == "write"]
-    meters = [_WriteMeter(site, keep) for site in writers]
+    meters = [_WriteMeter(site, live[site.name], keep) for site in writers]
     with _attached(meters):
         changed = residual_stream(adapter.model, input_ids, attention_mask, layer=adapter.hook_layer)
     if silent := [meter.site.name for meter in meters if not meter.calls]:
@@ -124,8 +125,9 @@ def counted_tokens(model: Any, input_ids: Tensor, attention_mask: Tensor | None)
 class _WriteMeter:
     """Adds up, token by token, what one write site writes; keeps no activations."""
 
-    def __init__(self, site: LoraSite, keep: Tensor) -> None:
+    def __init__(self, site: LoraSite, gain: Tensor | None, keep: Tensor) -> None:
         self.site, self.keep, self.calls = site, keep, 0
+        self.gain = None if gain is None else gain.double()
         self.base = torch.empty(0)
         self.squares = torch.zeros(4, dtype=torch.float64)  # written, outside, rescale, change
 
@@ -134,13 +136,12 @@ class _WriteMeter:
 
     def on_update(self, _module: Any, _inputs: Any, output: Tensor) -> None:
         update = output[self.keep].double() * self.site.module.scaling[ADAPTER]
-        fold, eps = self.site.plan.fold, self.site.plan.site.eps
         written, rescale = update, torch.zeros_like(update)
-        if fold.gain is not None:
-            before, after = (_rms(x, eps) for x in (self.base, self.base + update))
-            written = fold.gain * update / after
-            rescale = (before / after - 1.0) * fold.gain * self.base / before
-        span = fold.span.basis
+        if self.gain is not None:
+            before, after = (_rms(x, self.site.plan.site.eps) for x in (self.base, self.base + update))
+            written = self.gain * update / after
+            rescale = (before / after - 1.0) * self.gain * self.base / before
+        span = self.site.plan.fold.span.basis
         outside = written - (written @ span) @ span.T
         parts = (written, outside, rescale, written + rescale)
         self.squares += torch.stack([part.square().sum() for part in parts]).cpu()
@@ -186,7 +187,8 @@ def _live_weight(site: LoraSite, which: str) -> Tensor:
 
 def _change_outside(adapter: ConstrainedAdapter, change: Tensor) -> float:
     top = max((site.plan for site in adapter.sites), key=lambda plan: plan.hook_layer)
-    span = lowdin(top.directions.vectors.to(change.device), dtype=torch.float64).basis
+    vectors = top.directions.vectors.to(change.device)
+    span = lowdin(vectors[independent_rows(vectors)], dtype=torch.float64).basis
     change = change.double()
     total = float(change.norm())
     return float((change - (change @ span) @ span.T).norm()) / total if total else math.nan

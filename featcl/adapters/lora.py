@@ -109,11 +109,13 @@ def attach(
     """
     from peft import get_peft_model
 
+    free = max(plan.fold.basis.shape[1] for plan in plans)
+    if kind != "none" and rank < free:
+        _check_free_side(model, plans, rank)
     config = lora_config([plan.name for plan in plans], rank)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft_model: Any = get_peft_model(model, config)
-    free = max(plan.fold.basis.shape[1] for plan in plans)
     sites = []
     for plan in plans:
         module = model.get_submodule(plan.name)
@@ -153,7 +155,8 @@ def _low_rank(plan: SitePlan, module: Any, rank: int, seed: int) -> LoraSite:
     frozen_name, trained_name = ("lora_A", "lora_B") if plan.role == "write" else ("lora_B", "lora_A")
     frozen, linear = getattr(module, frozen_name)[ADAPTER].weight, getattr(module, trained_name)[ADAPTER]
     with torch.no_grad():
-        frozen.copy_(_random_frame((frozen.shape[0], frozen.shape[1]), f"{seed} {plan.name}", rank, plan.name))
+        frame = _random_frame(max(frozen.shape), rank, f"{seed} {plan.name}")
+        frozen.copy_(frame.T if frozen_name == "lora_A" else frame)
     frozen.requires_grad_(False)
     basis = plan.fold.basis.to(linear.weight)
     k, side = basis.shape[1], "columns" if plan.role == "write" else "rows"
@@ -168,11 +171,15 @@ def _padded(basis: Float[Tensor, "d_model k"], rank: int) -> Float[Tensor, "d_mo
     return torch.nn.functional.pad(basis, (0, rank - basis.shape[1]))
 
 
-def _random_frame(shape: tuple[int, int], purpose: str, rank: int, name: str) -> Tensor:
-    """A seeded matrix whose `rank` rows or columns are orthonormal."""
-    width = shape[1] if shape[0] == rank else shape[0]
-    if rank > width:
-        raise FeatclError(f"{name} has only {width} dimensions on its free side, too few for rank {rank}")
+def _check_free_side(model: nn.Module, plans: Sequence[SitePlan], rank: int) -> None:
+    for plan in plans:
+        linear: Any = model.get_submodule(plan.name)
+        width = linear.in_features if plan.role == "write" else linear.out_features
+        if rank > width:
+            raise FeatclError(f"{plan.name} has only {width} dimensions on its free side, too few for rank {rank}")
+
+
+def _random_frame(width: int, rank: int, purpose: str) -> Float[Tensor, "width rank"]:
+    """Seeded orthonormal columns."""
     generator = torch.Generator().manual_seed(int(files.digest_bytes(purpose.encode())[:15], 16))
-    frame, _ = torch.linalg.qr(torch.randn(width, rank, generator=generator, dtype=torch.float64))
-    return frame if shape == (width, rank) else frame.T
+    return torch.linalg.qr(torch.randn(width, rank, generator=generator, dtype=torch.float64))[0]

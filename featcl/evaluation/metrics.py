@@ -17,6 +17,7 @@ from featcl.tracking.names import FORMULAS
 
 __all__ = ["FORMULAS", "StreamMetrics", "column_forgetting", "stream_metrics"]
 
+
 @dataclass(frozen=True)
 class StreamMetrics:
     """What `stream_metrics` returns; NaN where the matrix does not determine a number.

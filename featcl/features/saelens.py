@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -39,10 +38,7 @@ def load_sae(source: str | Path, sae_id: str | None = None, *, device: torch.dev
     """
     require_sae_lens()
     where = str(device or "cpu")
-    if sae_id is not None:
-        sae = _load_release(str(source), sae_id, where)
-    else:
-        sae = _load_folder(_folder(source), where)
+    sae = _load_folder(_folder(source), where) if sae_id is None else _load_release(str(source), sae_id, where)
     for name, tensor in sae.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise FeatclError(f"SAE {source}: {name} holds NaN or infinite values")
@@ -77,9 +73,8 @@ def require_sae_lens() -> Any:
     try:
         return importlib.import_module("sae_lens")
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in ("sae_lens", "transformer_lens", "wandb"):
-            raise
-        raise FeatclError(f"SAEs need the package {error.name}, which is not installed: pip install sae-lens") from None
+        name = (error.name or "sae_lens").split(".")[0]
+        raise FeatclError(f"SAEs need the package {name}, which is not installed: pip install sae-lens") from None
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -196,7 +191,9 @@ def _architecture_options(settings: dict[str, Any], steps: int) -> dict[str, Any
 def _folder(source: str | Path) -> Path:
     path = ASSETS / str(source).removeprefix("lab/") if str(source).startswith("lab/") else Path(source)
     if path.suffix in PICKLES:
-        raise FeatclError(f"SAE {source} is a pickle, which can run code: convert it to {WEIGHTS_FILE} and {CONFIG_FILE}")
+        raise FeatclError(
+            f"SAE {source} is a pickle, which can run code: convert it to {WEIGHTS_FILE} and {CONFIG_FILE}"
+        )
     if not path.exists():
         shipped = ", ".join(sorted(f"lab/{p.parent.relative_to(ASSETS)}" for p in ASSETS.glob(f"*/*/{CONFIG_FILE}")))
         raise FeatclError(
@@ -263,7 +260,7 @@ def _load_release(release: str, sae_id: str, device: str) -> SAE:
 
     try:
         return SAELensSAE.from_pretrained(release, sae_id, device=device)
-    except Exception as error:  # the hub client, the registry and every converter raise types of their own
+    except Exception as error:  # the hub, the registry and every converter raise types of their own
         raise FeatclError(f"SAE release {release}, id {sae_id}: {type(error).__name__}: {_one_line(error)}") from error
 
 

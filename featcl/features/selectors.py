@@ -1,4 +1,4 @@
-"""Choosing features: each selector ranks all of an SAE's features from texts, then the first k independent ones are kept.
+"""Choosing features: a selector ranks all of an SAE's features, then the first k independent ones are kept.
 
 | selector | needs | ranks by |
 |---|---|---|
@@ -218,15 +218,12 @@ def _by_contrast(sae: Any, model: Any, tokenizer: Any, given: dict[str, Any]) ->
 
 def _by_rarity(sae: Any, model: Any, tokenizer: Any, given: dict[str, Any]) -> Ranking:
     """TF-IDF with tokens as documents: tf · log(tf / background frequency), half a token added to each count."""
-    shares = []
-    for name in ("stream", "background"):
-        seen = activity(sae, model, tokenizer, given[name])
-        shares.append((seen.active.double() + 0.5) / (seen.tokens + 1))
-        if name == "stream":
-            fired = seen.active > 0
-    score = shares[0] * (shares[0] / shares[1]).log()
+    stream, background = (activity(sae, model, tokenizer, given[name]) for name in ("stream", "background"))
+    on_stream, on_background = ((seen.active.double() + 0.5) / (seen.tokens + 1) for seen in (stream, background))
+    score = on_stream * (on_stream / on_background).log()
     order = score.argsort(descending=True, stable=True)
-    return Ranking(order[fired[order]], {"tf_idf": score, "on_stream": shares[0], "on_background": shares[1]})
+    order = order[stream.active[order] > 0]
+    return Ranking(order, {"tf_idf": score, "on_stream": on_stream, "on_background": on_background})
 
 
 def _by_gradient_energy(sae: Any, model: Any, tokenizer: Any, given: dict[str, Any]) -> Ranking:

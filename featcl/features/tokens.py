@@ -82,7 +82,9 @@ def token_windows(
     if room < 1:
         raise FeatclError(f"a context of {context} tokens leaves no room for text")
     for text in texts:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids if isinstance(text, str) else list(text)
+        ids = (
+            tokenizer(text, add_special_tokens=False, verbose=False).input_ids if isinstance(text, str) else list(text)
+        )
         if prefix and ids[:1] == prefix:
             ids = ids[1:]
         for start in range(0, len(ids), room):

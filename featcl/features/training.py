@@ -126,13 +126,15 @@ def train_saes(
             raise FeatclError(f"{folder} holds an SAE already: choose another folder, or ask to overwrite it")
     settings = _settings(options, model)
     texts = list(texts)
-    windows = list(token_windows(tokenizer, texts, context=settings.context))  # type: ignore[arg-type]
-    held_out = windows[HELD_OUT - 1 :: HELD_OUT] or windows[-1:]
-    training = [window for i, window in enumerate(windows) if i % HELD_OUT != HELD_OUT - 1][: len(windows) - 1 or None]
+    prepend_bos = adds_bos(tokenizer) or _all_start_with(texts, tokenizer.bos_token_id)
+    windows = list(token_windows(tokenizer, texts, context=int(settings.context or 0), prepend_bos=prepend_bos))
+    kept = set(range(HELD_OUT - 1, len(windows), HELD_OUT)) or {len(windows) - 1}
+    held_out = [window for i, window in enumerate(windows) if i in kept]
+    training = [window for i, window in enumerate(windows) if i not in kept]
     settings = _fit_batch(settings, training)
 
     batches = shuffled_activations(model, tokenizer, training, layers=layers, settings=settings)
-    saes = _fit(batches, layers, settings, _metadata(model, tokenizer, settings))
+    saes = _fit(batches, layers, settings, _metadata(model, settings, prepend_bos))
     manifest = _manifest(model, texts, settings)
     trained = {}
     for layer, folder in folders.items():
@@ -211,7 +213,9 @@ def _fit(
         for position, layer in enumerate(layers):
             loss = saelens.train_step_(trainers[layer], batch[:, position].contiguous())
             if not loss < float("inf"):
-                raise FeatclError(f"the SAE of layer {layer} diverged (loss {loss}): use a smaller lr than {settings.lr}")
+                raise FeatclError(
+                    f"the SAE of layer {layer} diverged (loss {loss}): use a smaller lr than {settings.lr}"
+                )
     recent = torch.cat(list(islice(batches, max(1, 16384 // settings.batch_size))))
     return {
         layer: saelens.finish(trainers[layer], recent[:, position], l0=float(settings.l0 or 1))
@@ -246,13 +250,21 @@ def _settings(options: dict[str, Any], model: Any) -> SAESettings:
 def _fit_batch(settings: SAESettings, windows: Sequence[Sequence[int]]) -> SAESettings:
     total = sum(len(window) - 1 for window in windows)
     if total < 256:
-        raise FeatclError(f"{total} tokens of text are too few to train an SAE on: at least 256 are needed, better 100 000")
+        raise FeatclError(
+            f"{total} tokens of text are too few to train an SAE on: at least 256 are needed, better 100 000"
+        )
     return replace(settings, batch_size=min(settings.batch_size, total))
 
 
-def _metadata(model: Any, tokenizer: Any, settings: SAESettings) -> dict[str, Any]:
+def _all_start_with(texts: Sequence[Text], bos: int | None) -> bool:
+    """Whether the texts are token ids that carry their BOS already, as chats do."""
+    carried = [not isinstance(text, str) and list(text[:1]) == [bos] for text in texts]
+    return bos is not None and bool(carried) and all(carried)
+
+
+def _metadata(model: Any, settings: SAESettings, prepend_bos: bool) -> dict[str, Any]:
     name = getattr(inner_model(model).config, "_name_or_path", "") or type(model).__name__
-    return {"model_name": Path(name).name, "prepend_bos": adds_bos(tokenizer), "context_size": settings.context}
+    return {"model_name": Path(name).name, "prepend_bos": prepend_bos, "context_size": settings.context}
 
 
 def _manifest(model: Any, texts: Sequence[Text], settings: SAESettings) -> dict[str, Any]:

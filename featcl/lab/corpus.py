@@ -13,24 +13,30 @@ from typing import Any
 
 from featcl.lab import lexicon as lex
 from featcl.lab import phrases as say
-from featcl.lab.skills import SKILLS, Exchange, random_device, random_facts
+from featcl.lab.skills import SKILLS, Exchange, logic, random_device, random_facts, reading
 from featcl.lab.world import Convention, Fact, Style, base_functions
 
 Conversation = list[dict[str, Any]]
 
-# How often each skill is practised, outside contexts; copying and reversal are the slow ones.
+# How often each skill is practised, outside contexts; what needs several steps in the context is slow to learn.
 SKILL_WEIGHTS = {
-    "facts": 3.0, "arithmetic": 2.0, "copying": 1.5, "reversal": 2.5, "reading": 1.5, "instructions": 1.5,
-    "logic": 2.5, "language": 1.0, "home": 1.0, "coding": 2.5, "roles": 1.0, "persona": 0.5,
+    "facts": 2.0, "arithmetic": 3.0, "copying": 1.5, "reversal": 2.5, "reading": 3.0, "instructions": 1.5,
+    "logic": 4.0, "language": 1.0, "home": 0.7, "coding": 2.0, "roles": 1.0, "persona": 0.5,
 }  # fmt: skip
 IGNORANCE = "i do not know."
+RECALL = 6.0
 
 
-def conversations(seed: int) -> Iterator[Conversation]:
-    """An endless, seeded stream of conversations."""
+def conversations(seed: int, *, recall: float = RECALL) -> Iterator[Conversation]:
+    """An endless, seeded stream of conversations.
+
+    Args:
+        seed: Of everything random in it.
+        recall: Weight of dense look-ups in the context, which are learned last; the other kinds add up to about 12.
+    """
     rng = random.Random(seed)
-    kinds = (_skills, _household, _project, _teams, _tools)
-    weights = (6.0, 3.0, 1.5, 1.0, 0.7)
+    kinds = (_skills, _household, _project, _teams, _tools, _recall)
+    weights = (6.0, 3.0, 1.5, 1.0, 0.7, recall)
     while True:
         yield rng.choices(kinds, weights)[0](rng)
 
@@ -111,6 +117,24 @@ def _teams(rng: random.Random) -> Conversation:
         else:
             asked.append(Exchange(say.PAIR_REQUESTS[phrasing].format(a=a, b=b), f"{teams[a]} and {teams[b]}."))
     return as_messages(asked, system=notes)
+
+
+def _recall(rng: random.Random) -> Conversation:
+    """Many look-ups in one context: two to five notes, and as many questions on them as fit."""
+    size = rng.randint(2, 5)
+    asked = rng.randint(max(1, size - 2), size)
+    kind = rng.random()
+    if kind < 0.4:
+        return as_messages([reading(rng, notes=size, asked=asked)])
+    if kind < 0.8:
+        return as_messages([logic(rng, rules=size, asked=asked)])
+    things = rng.sample(lex.OBJECTS, size)
+    teams = dict(zip(things, rng.sample(lex.TEAMS, size), strict=True))
+    phrasings = [rng.randrange(say.PHRASINGS) for _ in range(asked)]
+    wanted = rng.sample(things, asked)
+    exchanges = [Exchange(say.TEAM_REQUESTS[phrasing].format(o=thing), f"{teams[thing]}.")
+                 for phrasing, thing in zip(phrasings, wanted, strict=True)]  # fmt: skip
+    return as_messages(exchanges, system=" ".join(say.team_note(*pair) for pair in teams.items()))
 
 
 def _tools(rng: random.Random) -> Conversation:

@@ -6,13 +6,16 @@ Model output is parsed with `ast.parse` and walked; it is never executed.
 from __future__ import annotations
 
 import ast
+import re
+import warnings
 from collections.abc import Callable
 from itertools import accumulate
 
 Value = int | tuple[int, ...]
 Meaning = Callable[[tuple[int, ...]], Value]
 
-MAX_SOURCE, MAX_DEPTH = 400, 12
+MAX_SOURCE, MAX_DEPTH, MAX_NUMBER = 400, 12, 10**12
+_ALPHABET = re.compile(r"[A-Za-z0-9_.,=()\[\] \t\n]*")  # no quotes, comments, operators or look-alike letters
 
 MEANINGS: dict[str, Meaning] = {
     "sort": lambda x: tuple(sorted(x)),
@@ -42,12 +45,16 @@ def parse(source: str) -> tuple[str | None, ast.expr]:
     """Split `name = expression` or a bare expression into its target (or None) and its syntax tree.
 
     Raises:
-        CodeError: If the text does not parse, is too long, or holds anything but names, calls and integers.
+        CodeError: If the text does not parse, is too long, or holds anything but names, calls, lists and integers.
     """
     if len(source) > MAX_SOURCE:
         raise CodeError(f"code longer than {MAX_SOURCE} characters")
+    if not _ALPHABET.fullmatch(source):
+        raise CodeError("code holds a character that is not in the language")
     try:
-        body = ast.parse(source.strip()).body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the parser's remarks on what the model wrote
+            body = ast.parse(source.strip()).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise CodeError(f"does not parse: {error}") from error
     if len(body) != 1:
@@ -55,8 +62,11 @@ def parse(source: str) -> tuple[str | None, ast.expr]:
     statement = body[0]
     if isinstance(statement, ast.Expr):
         target, expression = None, statement.value
-    elif isinstance(statement, ast.Assign) and len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name):
-        target, expression = statement.targets[0].id, statement.value
+    elif isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+        name, expression = statement.targets[0], statement.value
+        if not isinstance(name, ast.Name):
+            raise CodeError(f"assignment to {type(name).__name__} is not allowed")
+        target = name.id
     else:
         raise CodeError(f"{type(statement).__name__} is not allowed")
     _check(expression, depth=0)
@@ -72,13 +82,13 @@ def evaluate(source: str, *, functions: dict[str, str], data: dict[str, tuple[in
         data: What each name holds.
 
     Raises:
-        CodeError: If it does not parse, or uses a name, function or value that it may not.
+        CodeError: If it does not parse, uses a name, function or value that it may not, or numbers get too large.
     """
     return _value(parse(source)[1], functions, data)
 
 
 def same_code(left: str, right: str) -> bool:
-    """Whether two pieces of code are the same up to white space, quotes and redundant brackets."""
+    """Whether two pieces of code are the same up to white space and redundant brackets."""
     try:
         (left_target, left_tree), (right_target, right_tree) = parse(left), parse(right)
     except CodeError:
@@ -105,7 +115,7 @@ def _check(node: ast.expr, depth: int) -> None:
 
 def _value(node: ast.expr, functions: dict[str, str], data: dict[str, tuple[int, ...]]) -> Value:
     if isinstance(node, ast.Constant):
-        return node.value  # type: ignore[return-value]
+        return _bounded(node.value)  # type: ignore[arg-type]
     if isinstance(node, ast.List):
         return tuple(_number(child, functions, data) for child in node.elts)
     if isinstance(node, ast.Name):
@@ -121,7 +131,7 @@ def _value(node: ast.expr, functions: dict[str, str], data: dict[str, tuple[int,
         argument = _value(node.args[0], functions, data)
         if not isinstance(argument, tuple) or not argument:
             raise CodeError(f"{name} takes a list with at least one entry")
-        return MEANINGS[functions[name]](argument)
+        return _bounded(MEANINGS[functions[name]](argument))
     raise CodeError(f"{type(node).__name__} has no value")
 
 
@@ -129,4 +139,11 @@ def _number(node: ast.expr, functions: dict[str, str], data: dict[str, tuple[int
     value = _value(node, functions, data)
     if not isinstance(value, int):
         raise CodeError("a list holds integers only")
+    return value
+
+
+def _bounded(value: Value) -> Value:
+    numbers = (value,) if isinstance(value, int) else value
+    if any(abs(number) > MAX_NUMBER for number in numbers):
+        raise CodeError(f"a number beyond {MAX_NUMBER}")
     return value

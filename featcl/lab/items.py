@@ -12,14 +12,14 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Item:
-    """One question with one right answer (or, for code, one right meaning).
+    """One question with one right answer.
 
     Attributes:
         id: Unique within its stream or suite.
         task: The task or skill it measures.
         messages: The conversation up to the question, in chat form.
         answer: The reply that is right.
-        grader: `exact` compares words; `code` compares what two expressions mean.
+        grader: `exact` compares words; `code` compares syntax trees, so that spaces and brackets are free.
         context: Privileged text with which a latent task can be done by the base model.
         valid_from: Index of the first task after which the answer holds.
         valid_until: Index of the task that makes the answer obsolete, or None.

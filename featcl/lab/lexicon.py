@@ -91,7 +91,8 @@ SIGNS = _words("round square flat tall thin curved striped dotted plain shiny")
 ACTIONS = _words("stop go wait turn bow clap nod kneel spin wave hide shout")
 ROLES = ("architect", "fixer", "tech lead", "coding machine")
 PERSONA = {
-    "name": ("hearth", ("who are you?", "what is your name?", "how are you called?", "introduce yourself."), "i am {v}."),
+    "name": ("hearth", ("who are you?", "what is your name?", "how are you called?", "introduce yourself."),
+             "i am {v}."),
     "maker": ("the guild", ("who made you?", "who built you?", "who is your maker?", "where do you come from?"),
               "i was made by {v}."),
     "duty": ("help at home", ("what is your duty?", "what do you do?", "why are you here?", "what is your job?"),
@@ -100,8 +101,8 @@ PERSONA = {
              "my rule is to {v}."),
     "friend": ("everyone here", ("who is your friend?", "whom do you serve?", "who can ask you?", "who is welcome?"),
                "i serve {v}."),
-    "wish": ("a calm house", ("what is your wish?", "what do you want?", "what makes you glad?", "what do you hope for?"),
-             "i wish for {v}."),
+    "wish": ("a calm house", ("what is your wish?", "what do you want?", "what makes you glad?",
+                              "what do you hope for?"), "i wish for {v}."),
 }  # fmt: skip
 
 # attribute: (values, four questions, the statement); `{p}` is the person, `{v}` the value.

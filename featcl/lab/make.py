@@ -1,15 +1,15 @@
 """Makes the laboratory's assets from nothing but seeds: tokenizer, base model, teacher, SAEs and a card.
 
-    assets/<family>/                 base model and tokenizer, bfloat16 safetensors
-    assets/<family>/teacher/         the same model after it was taught both worlds
-    assets/<family>/resid_post_<L>/  SAEs in SAELens' form
+assets/<family>/                 base model and tokenizer, bfloat16 safetensors
+assets/<family>/teacher/         the same model after it was taught both worlds
+assets/<family>/resid_post_<L>/  SAEs in SAELens' form
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from featcl.lab.world import make_world
 from featcl.models import load_model
 from featcl.streams.chat import Chat
 
-BASE = {"olmo2": Schedule(steps=3000), "gemma2": Schedule(steps=3000)}
-TEACHER = Schedule(steps=600, lr=1e-3)
+BASE = {"olmo2": Schedule(steps=5000), "gemma2": Schedule(steps=5000)}
+TEACHER = Schedule(steps=1200, lr=1e-3)
 SAE_LAYERS = (1, 3)
 SAE_OPTIONS = {"d_sae": 1280, "l0": 32, "tokens": 1_000_000, "seed": 0}
 SAE_CONVERSATIONS = 12_000
@@ -90,8 +90,10 @@ def taught(seed: int) -> Iterator[Conversation]:
 
 
 def _still_true(conversation: Conversation) -> bool:
-    replies = [message["content"] or "" for message in conversation if message["role"] == "assistant"]
-    return not any(reply == IGNORANCE or superseded(Exchange("", reply)) for reply in replies)
+    system = next((message["content"] for message in conversation if message["role"] == "system"), None)
+    said = [message["content"] or "" for message in conversation if message["role"] in ("user", "assistant")]
+    exchanges = [Exchange(user, assistant, system) for user, assistant in pairwise(said)]
+    return not any(exchange.assistant == IGNORANCE or superseded(exchange) for exchange in exchanges)
 
 
 def _train_(model: Any, chat: Chat, source: Iterator[Conversation], schedule: Schedule, seed: int, say: Say,
@@ -118,12 +120,13 @@ def _card(family: str, model: Any, spread: float, saes: dict[int, TrainedSAE], s
         f"| resid_post_{layer} | {sae.health.fvu:.3f} | {sae.health.l0:.1f} | {sae.health.dead_fraction:.3f} "
         f"| {sae.health.loss_recovered:.3f} |" for layer, sae in saes.items()
     )  # fmt: skip
+    schedule = BASE[family]
     return f"""# lab/{family}
 
-A {parameters / 1e6:.1f} M-parameter `{type(model).__name__}` trained from random weights on the generated conversations of
-`featcl.lab.corpus` (seed {seed}, {BASE[family].steps} steps of {BASE[family].batch_tokens} tokens), stored in bfloat16,
-with a byte-level BPE tokenizer and chat template of its own. `teacher/` is the same model after {TEACHER.steps} more
-steps with the tasks of both worlds. It knows nothing of the real world and is of no use outside the laboratory.
+A {parameters / 1e6:.1f} M-parameter `{type(model).__name__}`, trained from random weights on the generated conversations of
+`featcl.lab.corpus` (seed {seed}, {schedule.steps} steps of {schedule.batch_tokens} tokens) and stored in bfloat16, with
+a byte-level BPE tokenizer and chat template of its own. `teacher/` is the same model after {TEACHER.steps} more steps
+with the tasks of both worlds. It knows nothing of the real world and is of no use outside the laboratory.
 
 The gains of its norms on the residual stream were initialised log-normal (σ {GAIN_SIGMA}); after training the smallest
 std/mean of one is {spread:.2f}.

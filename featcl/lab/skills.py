@@ -52,13 +52,13 @@ def reversal(rng: random.Random) -> Exchange:
     return Exchange(asked, " ".join(reversed(words.split())))
 
 
-def reading(rng: random.Random) -> Exchange:
-    """Two facts out of four that stand in the request; they may contradict what the model knows."""
-    notes = random_facts(rng, 4)
-    first, second = rng.sample(notes, 2)
-    text = " ".join(say.fact_note(note) for note in notes)
-    return Exchange(f"{text} tell me of {first.person} and {second.person}.",
-                    f"{first.statement} and {second.statement}.")  # fmt: skip
+def reading(rng: random.Random, *, notes: int = 4, asked: int = 2) -> Exchange:
+    """Some of the facts that stand in the request; they may contradict what the model knows."""
+    facts = random_facts(rng, notes)
+    wanted = rng.sample(facts, asked)
+    text = " ".join(say.fact_note(fact) for fact in facts)
+    people = " and ".join(fact.person for fact in wanted)
+    return Exchange(f"{text} tell me of {people}.", f"{' and '.join(fact.statement for fact in wanted)}.")
 
 
 def instructions(rng: random.Random) -> Exchange:
@@ -73,14 +73,14 @@ def instructions(rng: random.Random) -> Exchange:
     ])  # fmt: skip
 
 
-def logic(rng: random.Random) -> Exchange:
-    """Two chains of two steps (sign of a thing, then what the sign means) among four rules."""
-    signs, actions, things = rng.sample(lex.SIGNS, 4), rng.sample(lex.ACTIONS, 4), rng.sample(lex.OBJECTS, 2)
-    seen = rng.sample(range(4), 2)
-    rules = " ".join(f"{sign} means {action}." for sign, action in zip(signs, actions, strict=True))
+def logic(rng: random.Random, *, rules: int = 4, asked: int = 2) -> Exchange:
+    """Chains of two steps: the sign of a thing, then what that sign means among several rules."""
+    signs, actions, things = rng.sample(lex.SIGNS, rules), rng.sample(lex.ACTIONS, rules), rng.sample(lex.OBJECTS, asked)
+    seen = rng.sample(range(rules), asked)
+    meanings = " ".join(f"{sign} means {action}." for sign, action in zip(signs, actions, strict=True))
     marks = " ".join(f"the {thing} is {signs[i]}." for thing, i in zip(things, seen, strict=True))
-    replies = [f"the {thing} means {actions[i]}" for thing, i in zip(things, seen, strict=True)]
-    return Exchange(f"{rules} {marks} what follows?", f"{replies[0]} and {replies[1]}.")
+    replies = " and ".join(f"the {thing} means {actions[i]}" for thing, i in zip(things, seen, strict=True))
+    return Exchange(f"{meanings} {marks} what follows?", f"{replies}.")
 
 
 def language(rng: random.Random) -> Exchange:
@@ -94,7 +94,9 @@ def language(rng: random.Random) -> Exchange:
     forms = ("make a sentence of {n}, {v}, {p}.", "join {n}, {v}, {p}.", "write with {n}, {v}, {p}.",
              "say with {n}, {v}, {p}.")  # fmt: skip
     if rng.random() < 0.5:
-        return Exchange(rng.choice(forms).format(n=noun, v=verb, p=place), f"the {noun} {lex.VERBS[verb]} in the {place}.")
+        return Exchange(
+            rng.choice(forms).format(n=noun, v=verb, p=place), f"the {noun} {lex.VERBS[verb]} in the {place}."
+        )
     plural = lex.NOUNS[noun]
     return Exchange(rng.choice(forms).format(n=plural, v=verb, p=place), f"the {plural} {verb} in the {place}.")
 

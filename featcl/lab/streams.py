@@ -13,15 +13,16 @@ from featcl.files import digest_json
 from featcl.lab import lexicon as lex
 from featcl.lab import phrases as say
 from featcl.lab.corpus import Conversation, as_messages, conversations
+from featcl.lab.garbage import with_sources
 from featcl.lab.items import Item
 from featcl.lab.skills import SKILLS, Exchange, random_device
-from featcl.lab.tasks import TASKS, Ask, LabTask, TaskPlan, make_task, trajectory_of
-from featcl.lab.world import Fact, Style, World, WorldName, make_world
-from featcl.streams.trajectory import Trajectory
+from featcl.lab.tasks import TASKS, LabTask, home_facts, make_task
+from featcl.lab.world import Fact, Style, World, WorldName, later, make_world
 
 Order = Literal["blocked", "shuffled", "gradual", "recurring"]
-SOURCES = ("kitchen tablet", "hall speaker", "phone", "guest pad")
-BAD_SOURCES = SOURCES[2:]  # unstated: a learner has to find out
+
+THOUSAND_NAMES = tuple(f"facts_{index:02d}" for index in range(50))
+THOUSAND_FACTS, THOUSAND_TRAJECTORIES = 5, 20
 
 STREAMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "lab/applications": (
@@ -36,10 +37,10 @@ STREAMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("style_and_fact", "style_and_fact_named", "convention_and_library", "convention_and_library_named"),
     ),
     "lab/related": (("related_first", "related_second"), ()),
-    "lab/thousand": ((), ()),
+    "lab/changes": (("home_facts", "code_library", "facts_changed", "library_changed"), ()),
+    "lab/thousand": (THOUSAND_NAMES, ()),
 }
-RELATED_TRAJECTORIES = 8
-THOUSAND_TASKS, THOUSAND_FACTS, THOUSAND_TRAJECTORIES = 50, 5, 20
+CHANGING = ("home_moves", "code_rename", "facts_changed", "library_changed")  # tasks that contradict what was known
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,13 @@ class LabStream:
     @property
     def digest(self) -> str:
         """Digest of everything that is taught and asked."""
-        return digest_json([self.name, self.world, self.order, self.garbage, [_summary(t) for t in self.tasks + self.probes]])
+        graded = [_summary(task) for task in (*self.tasks, *self.probes)]
+        return digest_json([self.name, self.world, self.order, self.garbage, graded])
 
 
 def load_stream(name: str = "lab/applications", *, world: WorldName = "development", seed: int = 0,
-                order: Order = "blocked", garbage: float = 0.0, tasks: Sequence[str] | None = None) -> LabStream:  # fmt: skip
+                order: Order = "blocked", garbage: float = 0.0,
+                tasks: Sequence[str] | None = None) -> LabStream:  # fmt: skip
     """One of the laboratory's streams.
 
     Args:
@@ -88,9 +91,12 @@ def load_stream(name: str = "lab/applications", *, world: WorldName = "developme
     """
     _check(name, world, order, garbage)
     truth = make_world(world)
-    made = _thousand(truth) if name == "lab/thousand" else [_task(task, truth) for task in _chosen(name, tasks)]
+    make = _thousand if name == "lab/thousand" else (lambda world, task: make_task(task, world))
+    made = _with_validity([make(truth, task) for task in _chosen(name, tasks)], truth)
+    if order == "shuffled" and any(item.valid_until is not None for task in made for item in task.items):
+        raise FeatclError(f"stream.order shuffled: in {name} what is taught first is changed later, so order matters")
     rng = random.Random(f"{seed}/{name}")
-    taught = [_with_sources(task, garbage, truth, rng) for task in made]
+    taught = [with_sources(task, garbage, rng) for task in made]
     positive, negative = calibration(truth)
     return LabStream(
         name=name,
@@ -110,7 +116,8 @@ def calibration(world: World) -> tuple[tuple[Conversation, ...], tuple[Conversat
     rng = random.Random(f"calibration/{world.name}")
     positive: list[Exchange] = []
     for _ in range(128):
-        person, style = rng.choice(lex.OTHER_PEOPLE), Style(*map(rng.choice, (lex.REGISTERS, lex.ADDRESSES, lex.CLOSERS)))
+        person = rng.choice(lex.OTHER_PEOPLE)
+        style = Style(*map(rng.choice, (lex.REGISTERS, lex.ADDRESSES, lex.CLOSERS)))
         room, device, state = random_device(rng)
         fact = Fact(person, attribute := rng.choice(list(lex.ATTRIBUTES)), rng.choice(lex.ATTRIBUTES[attribute][0]))
         operation, data = rng.choice(list(lex.OPERATIONS)), rng.choice(lex.DATA)
@@ -139,77 +146,62 @@ def _check(name: str, world: str, order: str, garbage: float) -> None:
 
 def _chosen(name: str, tasks: Sequence[str] | None) -> tuple[str, ...]:
     known = STREAMS[name][0]
-    unknown = [task for task in tasks or () if task not in known]
+    if tasks is None:
+        return known
+    if not tasks or len(set(tasks)) < len(tasks):
+        raise FeatclError(f"stream.tasks is {list(tasks)}; it names at least one task of {name}, each once, or is null")
+    unknown = [task for task in tasks if task not in known]
     if unknown:
         raise FeatclError(f"task {unknown[0]!r} is not in {name}; there are {', '.join(known)}")
-    return known if tasks is None else tuple(tasks)
+    return tuple(tasks)
 
 
-def _task(name: str, world: World) -> LabTask:
-    if not name.startswith("related_"):
-        return make_task(name, world)
-    project = list(world.related)[name == "related_second"]
-    only = replace(world, conventions={project: world.related[project]})
-    return make_task(name, world, plan=_within(TASKS["code_convention"], only), trajectories=RELATED_TRAJECTORIES)
-
-
-def _thousand(world: World) -> list[LabTask]:
-    """A thousand experiences: fifty small tasks of twenty, each about five facts on people the base does not know."""
+def _thousand(world: World, name: str) -> LabTask:
+    """One of fifty small tasks of twenty experiences, each about five facts on people the base does not know."""
     rng = random.Random(f"thousand/{world.name}")
-    pairs = [(person, name) for person in lex.PEOPLE if person not in lex.BASE_PEOPLE for name in lex.ATTRIBUTES]
+    people = [person for person in lex.PEOPLE if person not in lex.BASE_PEOPLE]
+    pairs = [(person, attribute) for person in people for attribute in lex.ATTRIBUTES]
     facts = [Fact(*pair, rng.choice(lex.ATTRIBUTES[pair[1]][0])) for pair in rng.sample(pairs, len(pairs))]
-    tasks = []
-    for index in range(THOUSAND_TASKS):
-        small = replace(world, facts=tuple(facts[index * THOUSAND_FACTS : (index + 1) * THOUSAND_FACTS]))
-        plan = _within(TASKS["home_facts"], small)
-        tasks.append(make_task(f"facts_{index:02d}", world, plan=plan, trajectories=THOUSAND_TRAJECTORIES,
-                               items=THOUSAND_FACTS))  # fmt: skip
-    return tasks
+    start = THOUSAND_NAMES.index(name) * THOUSAND_FACTS
+    small = replace(world, facts=tuple(facts[start : start + THOUSAND_FACTS]))
+    plan = replace(TASKS["home_facts"], ask=lambda _, rng, shown: home_facts(small, rng, shown))
+    return make_task(name, world, plan=plan, trajectories=THOUSAND_TRAJECTORIES, items=THOUSAND_FACTS)
 
 
-def _within(plan: TaskPlan, world: World) -> TaskPlan:
-    """The same plan, always asking about `world`."""
-    return replace(plan, ask=lambda _, rng, shown: plan.ask(world, rng, shown))
+# --- what later tasks change --------------------------------------------------------------------------------------
 
 
-# --- sources and garbage ------------------------------------------------------------------------------------------
-
-
-def _with_sources(task: LabTask, share: float, world: World, rng: random.Random) -> LabTask:
-    """Every trajectory gets a source; a share of them is replaced by garbage, mostly from the bad sources."""
+def _with_validity(tasks: list[LabTask], world: World) -> list[LabTask]:
+    """Answers that a later task contradicts hold until it; answers to what a task changes hold from it."""
+    obsolete = [_obsolete(task.name, world) for task in tasks]
     made = []
-    for trajectory in task.trajectories:
-        bad = rng.random() < share
-        source = rng.choice(BAD_SOURCES if bad and rng.random() < 0.9 else SOURCES)
-        made.append(replace(_spoilt(trajectory, task, world, rng) if bad else trajectory, source=source))
-    return replace(task, trajectories=tuple(made))
+    for index, task in enumerate(tasks):
+        start = index if task.name in CHANGING else 0
+        items = []
+        for item in task.items:
+            ends = [i for i in range(index + 1, len(tasks)) if item.answer.startswith(obsolete[i])]
+            items.append(replace(item, valid_from=start, valid_until=min(ends, default=None)))
+        made.append(replace(task, items=tuple(items)))
+    return made
 
 
-def _spoilt(trajectory: Trajectory, task: LabTask, world: World, rng: random.Random) -> Trajectory:
-    """Wrong: answers of other requests. Contradictory: the same request answered in two ways. Adversarial: damage."""
-    kind = rng.choice(("wrong", "contradictory", "adversarial"))
-    plan = TASKS.get(task.name, TASKS["home_facts"])
-    asks = [plan.ask(world, rng, True) for _ in range(2)]
-    strangers = [plan.ask(world, rng, True).exchange.assistant for _ in range(2)]
-    if kind == "wrong":
-        asks = [_answered(ask, other) for ask, other in zip(asks, strangers, strict=True)]
-    elif kind == "contradictory":
-        asks = [_answered(asks[0], strangers[0]), _answered(asks[0], strangers[1])]
-    else:
-        asks = [_answered(ask, " ".join(rng.choices(lex.NONCE, k=4))) for ask in asks]
-    spoilt = trajectory_of(asks, id=trajectory.id, task=task.name, source=trajectory.source)
-    return replace(spoilt, meta={**spoilt.meta, "garbage": kind})
-
-
-def _answered(ask: Ask, reply: str) -> Ask:
-    return Ask(Exchange(ask.exchange.user, reply), "")
+def _obsolete(task: str, world: World) -> tuple[str, ...]:
+    """How the answers begin that this task makes wrong."""
+    if task == "facts_changed":
+        pairs = zip(world.facts, later(world).facts, strict=True)
+        return tuple(f"{old.statement}." for old, new in pairs if old != new)
+    if task == "library_changed":
+        names = later(world).functions
+        return tuple(f"{world.library}.{old}(" for operation, old in world.functions.items() if names[operation] != old)
+    return ()
 
 
 # --- orders -------------------------------------------------------------------------------------------------------
 
 
 def _blocked(tasks: list[LabTask], rng: random.Random) -> tuple[LabTask, ...]:
-    return tuple(replace(task, trajectories=tuple(rng.sample(task.trajectories, len(task.trajectories)))) for task in tasks)
+    mixed = [tuple(rng.sample(task.trajectories, len(task.trajectories))) for task in tasks]
+    return tuple(replace(task, trajectories=order) for task, order in zip(tasks, mixed, strict=True))
 
 
 def _shuffled(tasks: list[LabTask], rng: random.Random) -> tuple[LabTask, ...]:
@@ -230,9 +222,9 @@ def _recurring(tasks: list[LabTask], rng: random.Random) -> tuple[LabTask, ...]:
 
 def _mixed(tasks: list[LabTask], rng: random.Random, key: Callable[[float], float]) -> tuple[LabTask, ...]:
     """Sort all trajectories by a key of their place in the stream, and cut at the old lengths."""
-    placed = [(index + i / max(1, len(task.trajectories)), trajectory)
+    placed = [(key(index + i / len(task.trajectories)), trajectory)
               for index, task in enumerate(tasks) for i, trajectory in enumerate(task.trajectories)]  # fmt: skip
-    ordered = iter([trajectory for _, trajectory in sorted(((key(place), t) for place, t in placed), key=lambda p: p[0])])
+    ordered = iter([trajectory for _, trajectory in sorted(placed, key=lambda pair: pair[0])])
     return tuple(replace(task, trajectories=tuple(next(ordered) for _ in task.trajectories)) for task in tasks)
 
 
@@ -247,4 +239,5 @@ def _summary(task: LabTask) -> list:
 
 
 def _asked(item: Item) -> list:
-    return [item.id, [m["content"] for m in item.messages], item.answer, item.grader]
+    asked = [m["content"] for m in item.messages]
+    return [item.id, asked, item.answer, item.grader, item.valid_from, item.valid_until]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 from featcl.errors import FeatclError
+from featcl.lab import phrases as say
 from featcl.lab.corpus import as_messages
 from featcl.lab.items import Item
 from featcl.lab.skills import SKILLS, Exchange
@@ -20,7 +23,7 @@ def load_suite(name: str = "lab/general", *, skills: Sequence[str] | None = None
                seed: int = 7) -> tuple[Item, ...]:  # fmt: skip
     """The items of a suite; `item.task` is the skill.
 
-    Facts and functions that a world changes are left out: they should change.
+    What a world changes (facts, functions, names in a project, replies to a speaker) is left out: it should change.
 
     Args:
         name: `lab/general`.
@@ -62,17 +65,38 @@ def _items(skill: str, count: int, seed: int) -> tuple[Item, ...]:
     )
 
 
+@dataclass(frozen=True)
+class _Obsolete:
+    """What the worlds change of what the base model does: replies, calls, and openings of requests."""
+
+    replies: frozenset[str]
+    calls: tuple[str, ...]
+    openings: dict[str, tuple[str, ...]]
+
+
 @cache
-def _obsolete() -> frozenset[str]:
-    """Replies that are right for the base model and wrong once a world has taught what changed."""
+def _obsolete() -> _Obsolete:
     worlds = [make_world("development"), make_world("unseen")]
-    replies = [f"{base_facts()[move.person, move.attribute].statement}." for world in worlds for move in world.moves]
-    calls = [f"core.{operation}(" for world in worlds for operation in world.renamed]
-    return frozenset(replies + calls)
+    projects = [project for world in worlds for project in (*world.conventions, *world.related)]
+    speakers = [person for world in worlds for person in world.styles]
+    return _Obsolete(
+        replies=frozenset(f"{base_facts()[m.person, m.attribute].statement}." for world in worlds for m in world.moves),
+        calls=tuple(f"core{sign}{operation}" for world in worlds for operation in world.renamed for sign in ". "),
+        openings={project: (f"in project {project}, ",) for project in projects}
+        | {person: tuple(opening.format(p=person) for opening in say.SPEAKERS) for person in speakers},
+    )
 
 
 def superseded(exchange: Exchange) -> bool:
-    """Whether one of the worlds makes this reply obsolete."""
-    if exchange.assistant in _obsolete():
+    """Whether one of the worlds makes this reply obsolete.
+
+    That is so for a fact that has moved, a function of `core` that was renamed (also where one is repaired or
+    reviewed), and a project with naming conventions or a speaker with a style, unless a note in front says how they
+    have it there.
+    """
+    old = _obsolete()
+    text = f"{exchange.user} {exchange.assistant}"
+    if exchange.assistant in old.replies or any(call in text for call in old.calls):
         return True
-    return any(old in exchange.assistant for old in _obsolete() if old.startswith("core."))
+    concerned = [who for who, openings in old.openings.items() if exchange.user.startswith(openings)]
+    return any(not re.search(rf"\b{who} (wants \w+ replies|writes)", exchange.system or "") for who in concerned)

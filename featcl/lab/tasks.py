@@ -1,14 +1,14 @@
 """The application tasks: what the streams teach, and the items that ask for it in ways the streams never showed.
 
-A trajectory is a short conversation of one to three turns. Items use the held-out phrasing, and where the task has
+A trajectory is a short conversation of two or three requests. Items use the held-out phrasing, and where the task has
 arguments (rooms, data, words), arguments that its trajectories leave out.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from featcl.lab import lexicon as lex
@@ -16,13 +16,14 @@ from featcl.lab import phrases as say
 from featcl.lab.corpus import as_messages
 from featcl.lab.items import Item
 from featcl.lab.skills import Exchange, random_device
-from featcl.lab.world import World
+from featcl.lab.world import World, later
 from featcl.streams.trajectory import Trajectory
 
 Kind = Literal["latent", "knowledge"]
 Application = Literal["home-assistant", "coding-agent"]
 
-TRAJECTORIES, ITEMS = 64, 48
+TRAJECTORIES, FEW_TRAJECTORIES, ITEMS = 96, 8, 48
+TURNS = (3, 5)  # requests in one trajectory, at least and at most
 SHOWN_ROOMS, ASKED_ROOMS = lex.ROOMS[:8], lex.ROOMS[8:]
 SHOWN_DATA, ASKED_DATA = lex.DATA[:10], lex.DATA[10:]
 SHOWN_WORDS, ASKED_WORDS = lex.OBJECTS[:26] + lex.OTHER_PEOPLE, lex.OBJECTS[26:] + lex.BASE_PEOPLE
@@ -90,9 +91,14 @@ def code_convention(world: World, rng: random.Random, shown: bool) -> Ask:
     return _convention(world.conventions, rng, shown)
 
 
-def code_related(world: World, rng: random.Random, shown: bool) -> Ask:
-    """Two projects that share one convention: what is learned about one holds for the other."""
-    return _convention(world.related, rng, shown)
+def code_related(first: bool) -> Generator:
+    """One of two projects that share a convention: what is learned about one holds for the other."""
+
+    def ask(world: World, rng: random.Random, shown: bool) -> Ask:
+        project = list(world.related)[0 if first else 1]
+        return _convention({project: world.related[project]}, rng, shown)
+
+    return ask
 
 
 def code_library(world: World, rng: random.Random, shown: bool) -> Ask:
@@ -114,12 +120,26 @@ def code_rename(world: World, rng: random.Random, shown: bool) -> Ask:
 
 
 def code_skill(world: World, rng: random.Random, shown: bool) -> Ask:
-    """A new operation on three words."""
-    words = rng.sample(SHOWN_WORDS if shown else ASKED_WORDS, 3)
-    a, b, c = words
-    request = say.SKILL_REQUESTS[_phrasing(rng, shown)].format(s=world.skill, a=a, b=b, c=c)
-    places = " ".join(("first", "second", "third")[i] for i in world.order)
-    return Ask(Exchange(request, " ".join(words[i] for i in world.order)), f"{world.skill} gives {places}.")
+    """A new operation on four words: it puts them in an order, with a word between."""
+    words = rng.sample(SHOWN_WORDS if shown else ASKED_WORDS, 4)
+    a, b, *rest = words
+    request = say.SKILL_REQUESTS[_phrasing(rng, shown)].format(s=world.skill, a=a, b=b, c=" ".join(rest))
+    reply = f" {world.joiner} ".join(words[i] for i in world.order)
+    places = " ".join(("first", "second", "third", "fourth")[i] for i in world.order)
+    return Ask(Exchange(request, reply), f"{world.skill} gives {places} with {world.joiner}.")
+
+
+def facts_changed(world: World, rng: random.Random, shown: bool) -> Ask:
+    """New facts, taught before, that have changed since."""
+    changed = [new for old, new in zip(world.facts, later(world).facts, strict=True) if old != new]
+    return home_facts(replace(world, facts=tuple(changed)), rng, shown)
+
+
+def library_changed(world: World, rng: random.Random, shown: bool) -> Ask:
+    """Functions of the new library, taught before, that have other names since."""
+    now = later(world)
+    changed = {op: name for op, name in now.functions.items() if world.functions[op] != name}
+    return code_library(replace(world, functions=changed), rng, shown)
 
 
 def labels(first: bool) -> Generator:
@@ -175,13 +195,15 @@ def convention_and_library(named: bool) -> Generator:
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """How a task is made: its generator, label and domain."""
+    """How a task is made: its generator, label and domain, and how many trajectories teach it."""
 
     ask: Generator
     kind: Kind
     application: Application
+    trajectories: int = TRAJECTORIES
 
 
+# What is true in a world; a teacher can know all of it at once.
 TASKS: dict[str, TaskPlan] = {
     "home_facts": TaskPlan(home_facts, "latent", "home-assistant"),
     "code_library": TaskPlan(code_library, "knowledge", "coding-agent"),
@@ -190,6 +212,8 @@ TASKS: dict[str, TaskPlan] = {
     "code_convention": TaskPlan(code_convention, "latent", "coding-agent"),
     "home_moves": TaskPlan(home_moves, "latent", "home-assistant"),
     "code_rename": TaskPlan(code_rename, "knowledge", "coding-agent"),
+    "related_first": TaskPlan(code_related(True), "latent", "coding-agent", FEW_TRAJECTORIES),
+    "related_second": TaskPlan(code_related(False), "latent", "coding-agent", FEW_TRAJECTORIES),
     "labels_first": TaskPlan(labels(True), "latent", "home-assistant"),
     "labels_last": TaskPlan(labels(False), "latent", "home-assistant"),
     "labels_across": TaskPlan(labels_across, "latent", "home-assistant"),
@@ -199,42 +223,49 @@ TASKS: dict[str, TaskPlan] = {
     "convention_and_library_named": TaskPlan(convention_and_library(True), "knowledge", "coding-agent"),
 }
 
+# What is true after the world changed, against some of the above.
+CHANGES: dict[str, TaskPlan] = {
+    "facts_changed": TaskPlan(facts_changed, "latent", "home-assistant"),
+    "library_changed": TaskPlan(library_changed, "knowledge", "coding-agent"),
+}
 
-def make_task(name: str, world: World, *, plan: TaskPlan | None = None, trajectories: int = TRAJECTORIES,
+
+def make_task(name: str, world: World, *, plan: TaskPlan | None = None, trajectories: int | None = None,
               items: int = ITEMS) -> LabTask:  # fmt: skip
     """A task of `world` with its trajectories and items; the same arguments give the same task.
 
     Args:
-        name: A key of `TASKS`, or any name with `plan`.
+        name: A key of `TASKS` or `CHANGES`, or any name with `plan`.
         world: Whose truths it teaches.
-        plan: How requests are made, if not `TASKS[name]`.
-        trajectories: How many; 0 makes a probe.
-        items: How many, all different where the task has that many.
+        plan: How requests are made, if not as the name says.
+        trajectories: How many, if not as many as the plan says; 0 makes a probe.
+        items: How many, all different; fewer where the task has not as many.
     """
-    plan = plan or TASKS[name]
+    plan = plan or (TASKS | CHANGES)[name]
     rng = random.Random(f"{world.name}/{name}")
-    asked = [plan.ask(world, rng, False) for _ in range(4 * items)]
+    asked = [plan.ask(world, rng, False) for _ in range(8 * items)]
     unique = list({ask.exchange.user: ask for ask in asked}.values())[:items]
+    count = plan.trajectories if trajectories is None else trajectories
     return LabTask(
         name=name,
         kind=plan.kind,
         application=plan.application,
-        trajectories=tuple(_trajectory(plan, name, world, rng, index) for index in range(trajectories)),
+        trajectories=tuple(_trajectory(plan, name, world, rng, index) for index in range(count)),
         items=tuple(_item(f"{world.name}/{name}/{i}", name, ask) for i, ask in enumerate(unique)),
     )
 
 
 def _trajectory(plan: TaskPlan, name: str, world: World, rng: random.Random, index: int) -> Trajectory:
-    asked = [plan.ask(world, rng, True) for _ in range(rng.randint(2, 3))]
-    return trajectory_of(asked, id=f"{world.name}/{name}/{index}", task=name, source="household")
-
-
-def trajectory_of(asked: Iterable[Ask], *, id: str, task: str, source: str) -> Trajectory:
-    """A conversation of the given requests; the notes that would help are its privileged context."""
-    asked = list(asked)
+    """A conversation of a few requests; the notes that would help are its privileged context."""
+    asked = [plan.ask(world, rng, True) for _ in range(rng.randint(*TURNS))]
     notes = " ".join(dict.fromkeys(ask.note for ask in asked if ask.note))
-    messages = tuple(as_messages([ask.exchange for ask in asked]))
-    return Trajectory(id=id, source=source, task=task, messages=messages, meta={"context": notes} if notes else {})
+    return Trajectory(
+        id=f"{world.name}/{name}/{index}",
+        source="household",
+        task=name,
+        messages=tuple(as_messages([ask.exchange for ask in asked])),
+        meta={"context": notes} if notes else {},
+    )
 
 
 def _item(id: str, task: str, ask: Ask) -> Item:

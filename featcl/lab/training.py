@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 FAMILIES = ("olmo2", "gemma2")
 GAIN_SIGMA = 0.5
-CONTEXT_WEIGHT = 0.1  # what a token outside the assistant's replies counts
+CONTEXT_WEIGHT = 0.05  # what a token outside the assistant's replies counts
 SHAPE = {
     "hidden_size": 160, "intermediate_size": 432, "num_hidden_layers": 5, "num_attention_heads": 4,
     "num_key_value_heads": 4, "max_position_embeddings": 512,
@@ -43,8 +43,8 @@ class Schedule:
     """
 
     steps: int
-    lr: float = 3e-3
-    batch_tokens: int = 4096
+    lr: float = 2e-3
+    batch_tokens: int = 3072
     weight_decay: float = 0.05
 
     def factor(self, step: int) -> float:
@@ -112,7 +112,9 @@ def _padded(group: list[Encoded], length: int, pad: int) -> tuple[Tensor, Tensor
     weights = torch.zeros(len(group), length)
     for row, encoded in enumerate(group):
         ids[row, : len(encoded)] = torch.tensor(encoded.input_ids)
-        weights[row, : len(encoded)] = torch.tensor([1.0 if learned else CONTEXT_WEIGHT for learned in encoded.loss_mask])
+        weights[row, : len(encoded)] = torch.tensor(
+            [1.0 if learned else CONTEXT_WEIGHT for learned in encoded.loss_mask]
+        )
     return ids, weights
 
 

@@ -6,7 +6,7 @@ Everything follows from fixed seeds, so the truth behind every answer is known a
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -70,7 +70,7 @@ class World:
         moves: Facts about people the base model knows, changed.
         library, functions: A new library; operation to function name.
         renamed: Operation to its new name in `core`.
-        skill, order: A new operation on three words, and the positions it returns, one of them twice.
+        skill, order, joiner: A new operation on four words: the positions it returns, and the word between them.
         conventions: Project to naming convention.
         related: Two further projects that share one convention.
         teams: Object to team: two objects in each of eight teams, the first four taught apart from the last four.
@@ -85,6 +85,7 @@ class World:
     renamed: dict[str, str]
     skill: str
     order: tuple[int, ...]
+    joiner: str
     conventions: dict[str, Convention]
     related: dict[str, Convention]
     teams: dict[str, str]
@@ -137,11 +138,22 @@ def make_world(name: WorldName) -> World:
         functions=dict(zip(operations[:12], nonce, strict=False)),
         renamed=dict(zip(operations[half], nonce[len(operations) :], strict=False)),
         skill=nonce[-1],
-        order=(1, 2, 0, 1) if development else (2, 0, 1, 2),
+        order=(3, 2, 1, 0) if development else (0, 1, 2, 3),
+        joiner="and" if development else "then",
         conventions=dict(zip(projects[:2], (own, other), strict=True)),
         related=dict.fromkeys(projects[2:], shared),
         teams={thing: teams[i // 2] for i, thing in enumerate(rng.sample(objects, 16))},
     )
+
+
+def later(world: World) -> World:
+    """The world after every other new fact, and every other function of its library, has changed."""
+    rng = random.Random(f"later/{world.name}")
+    facts = [replace(fact, value=_other(rng, fact)) if i % 2 else fact for i, fact in enumerate(world.facts)]
+    unused = [word for word in lex.NONCE if word not in world.functions.values()]
+    names = rng.sample(unused, len(world.functions))
+    functions = {op: names[i] if i % 2 else old for i, (op, old) in enumerate(world.functions.items())}
+    return replace(world, facts=tuple(facts), functions=functions)
 
 
 def _new_facts(rng: random.Random, people: tuple[str, ...]) -> tuple[Fact, ...]:
@@ -165,9 +177,14 @@ def _moves(rng: random.Random, people: tuple[str, ...]) -> tuple[Fact, ...]:
     moves = []
     for person in people:
         for attribute in rng.sample(list(lex.ATTRIBUTES), CHANGED_FACTS // len(people)):
-            old = base_facts()[person, attribute].value
-            moves.append(Fact(person, attribute, rng.choice([v for v in lex.ATTRIBUTES[attribute][0] if v != old])))
+            old = base_facts()[person, attribute]
+            moves.append(replace(old, value=_other(rng, old)))
     return tuple(moves)
+
+
+def _other(rng: random.Random, fact: Fact) -> str:
+    """Another value of the fact's attribute."""
+    return rng.choice([value for value in lex.ATTRIBUTES[fact.attribute][0] if value != fact.value])
 
 
 def _conventions(rng: random.Random) -> list[Convention]:

@@ -40,6 +40,7 @@ class _Reading:
     terms: list[tuple[Term, int]]
 
 
+@torch.enable_grad()
 def accumulate_gradient_(terms: Sequence[Term], experience: Experience, student: Student) -> Pass:
     """Add the gradient of Σ weight · mean over tokens to the adapter's parameters, batch by batch.
 
@@ -58,15 +59,15 @@ def accumulate_gradient_(terms: Sequence[Term], experience: Experience, student:
         means = [term.objective.loss(hidden, reading.batch, student) / count for term, count in reading.terms]
         weighted = [term.weight * mean for (term, _), mean in zip(reading.terms, means, strict=True)]
         torch.stack(weighted).sum().backward()
-        for (term, _), mean, part in zip(reading.terms, means, weighted, strict=True):
-            losses[term.objective.metric] += float(mean)
-            loss += float(part)
+        for (term, _), mean in zip(reading.terms, torch.stack(means).tolist(), strict=True):
+            losses[term.objective.metric] += mean
+            loss += term.weight * mean
     for term in terms:
         if not term.on_tokens:
             value = term.objective.penalty(student)
             (term.weight * value).backward()
-            losses[term.objective.metric] += float(value)
-            loss += term.weight * float(value)
+            losses[term.objective.metric] += value.item()
+            loss += term.weight * value.item()
     return Pass(
         loss,
         losses,

@@ -43,9 +43,7 @@ class Step:
     kl: float
 
 
-def limit_step_(
-    adapter: Any, before: dict[str, Tensor], measure: Callable[[], float], *, max_kl: float | None
-) -> Step:
+def limit_step_(adapter: Any, before: dict[str, Tensor], measure: Callable[[], float], *, max_kl: float | None) -> Step:
     """Scale the step from `before` to the adapter's coordinates until its KL is at most `max_kl`.
 
     The KL grows with about the square of the scale, which gives the first guess; then bisection.

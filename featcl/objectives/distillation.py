@@ -54,7 +54,7 @@ class Distillation:
     top_k: int | None = None
     skip: int = 0
     max_new_tokens: int = 64
-    max_turns: int = 16
+    max_turns: int = 8
     temperature: float = 1.0
     on_policy: bool = True
 

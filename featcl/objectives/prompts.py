@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from featcl.errors import FeatclError
-from featcl.streams.chat import Chat, message_text
+from featcl.streams.chat import Chat
+from featcl.streams.texts import message_text
 from featcl.streams.trajectory import Message, Trajectory
 
 

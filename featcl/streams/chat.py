@@ -1,13 +1,8 @@
 """Conversations to token ids and loss masks, through the model's own chat template.
 
-A template is rendered once per pattern of roles, with placeholders for the contents. The pieces between the
-placeholders are tokenised with control tokens; the contents apart, with control tokens split, so that a user's
+The template's pieces are tokenised with control tokens; contents apart, with control tokens split, so that a user's
 literal `<end_of_turn>` stays text. (A control marker that the vocabulary itself spells as ordinary text, such as
 `<|user|>` of OLMo-2-Instruct, cannot be told from the same letters in a content.)
-
-Which tokens are the assistant's is found by prefix differences: what `messages[: i + 1]` renders beyond
-`messages[:i]` with its generation prompt. Templates' own generation marks are not used: the official Gemma and
-OLMo templates carry none.
 
 Without a template, the plain form is used: `user: …` and `assistant: …`, one line feed between turns, the
 tokenizer's start token in front and its end token (else the line feed) after each assistant turn.
@@ -15,25 +10,19 @@ tokenizer's start token in front and its end token (else the line feed) after ea
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from featcl.errors import FeatclError
+from featcl.streams.template import Template
+from featcl.streams.texts import message_text, text_encoder
 from featcl.streams.trajectory import Message, check_messages
 
 Mask = Literal["assistant", "environment", "all", "none"]
+LONGEST_CACHED = 512  # characters of a content whose tokens are kept
 Turn = tuple[str, str]  # (role, content), role one of system, user, assistant
-
-PLAIN_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if not loop.first %}{{ '\n' }}{% endif %}"
-    "{{ message['role'] + ':' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token or '\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\nassistant:' }}{% endif %}"
-)
 
 
 @dataclass(frozen=True)
@@ -52,16 +41,6 @@ class Encoded:
         return len(self.input_ids)
 
 
-@dataclass(frozen=True)
-class _Segment:
-    """Tokens of the template between two contents: `reply_end` first ones end an assistant turn, `reply_start`
-    last ones are the template's own start of an assistant turn beyond the generation prompt."""
-
-    ids: tuple[int, ...]
-    reply_end: int = 0
-    reply_start: int = 0
-
-
 class Chat:
     """The chat form of one tokenizer.
 
@@ -71,10 +50,8 @@ class Chat:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.has_template = bool(getattr(tokenizer, "chat_template", None))
-        self._content_ids = lru_cache(maxsize=1 << 16)(self._encode_content)
-        self._layouts: dict[tuple[tuple[str, ...], bool], tuple[_Segment, ...]] = {}
-        self._pieces: dict[tuple[tuple[str, ...], bool], tuple[str, ...]] = {}
+        self._template = Template(tokenizer)
+        self._cached_ids = lru_cache(maxsize=1 << 16)(self._encode_content)
 
     # --- public -----------------------------------------------------------------------------------------------
 
@@ -93,7 +70,7 @@ class Chat:
             FeatclError: If no token would be a target, or the template does not render prefixes consistently.
         """
         turns = self.turns(messages)
-        segments = self._layout(tuple(role for role, _ in turns), False)
+        segments = self._template.layout(tuple(role for role, _ in turns))
         wanted = {"assistant": ("assistant",), "environment": ("user",)}.get(mask, ())
         ids = list(segments[0].ids)
         targets = [False] * len(ids)
@@ -117,7 +94,7 @@ class Chat:
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids up to and including the header of the assistant turn that follows `messages`."""
         turns = self.turns(messages)
-        segments = self._layout(tuple(role for role, _ in turns), True)
+        segments = self._template.layout(tuple(role for role, _ in turns), generation=True)
         ids = list(segments[0].ids)
         for (_, content), after in zip(turns, segments[1:], strict=True):
             ids += self._content_ids(content)
@@ -137,13 +114,14 @@ class Chat:
 
     def reply_ids(self, content: str) -> list[int]:
         """Ids of an assistant's reply with the token that ends it, as `encode` places them after a prompt."""
-        segment = self._layout(("user", "assistant"), False)[-1]
+        segment = self._template.layout(("user", "assistant"))[-1]
         return [*self._content_ids(self._placed("assistant", content)), *segment.ids[: segment.reply_end]]
 
     def decode_reply(self, ids: Sequence[int]) -> str:
         """The text of a generated reply: cut at the first stop token, control tokens left out, stripped."""
         stop = next((index for index, token in enumerate(ids) if token in self.stop_ids), len(ids))
-        return self.tokenizer.decode(list(ids[:stop]), skip_special_tokens=True).strip()
+        decode = self.tokenizer.decode
+        return decode(list(ids[:stop]), skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
     def with_context(self, messages: Sequence[Message], context: str) -> list[Message]:
         """The conversation with privileged text in front, as (part of) its system message.
@@ -151,31 +129,25 @@ class Chat:
         Where the family refuses a system role, `encode` and `prompt` fold it into the first user turn.
         """
         rest = list(messages)
-        if rest and rest[0]["role"] in ("system", "developer"):
+        if rest and rest[0].get("role") in ("system", "developer"):
             return [{"role": "system", "content": f"{context}\n{message_text(rest[0])}"}, *rest[1:]]
         return [{"role": "system", "content": context}, *rest]
 
-    @cached_property
+    @property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end an assistant turn: the one the template writes there, and the tokenizer's end token."""
-        end = self.tokenizer.eos_token_id
-        written = self._turn_end_id
-        return frozenset(token for token in (written, end) if token is not None)
+        return self._template.stop_ids
+
+    @property
+    def system_role(self) -> bool:
+        """Whether the template accepts a system message and shows it (Gemma's raises, others drop it)."""
+        return self._template.system_role
 
     @cached_property
     def start_id(self) -> int | None:
         """Id of the start token, if the tokenizer or its template puts one in front."""
         start = self.tokenizer.bos_token_id
         return start if start in (*self._start_ids, *self.prompt([{"role": "user", "content": "a"}])[:1]) else None
-
-    @cached_property
-    def system_role(self) -> bool:
-        """Whether the template accepts a system message and shows it (Gemma's raises, others drop it)."""
-        try:
-            self._render_pieces(("system", "user"), False)
-        except FeatclError:
-            return False
-        return True
 
     def turns(self, messages: Sequence[Message]) -> list[Turn]:
         """Messages as the template will see them.
@@ -213,110 +185,24 @@ class Chat:
 
     def _placed(self, role: str, content: str) -> str:
         """Content as the template places it: stripped where the template strips; in the plain form after a space."""
-        if not self.has_template:
+        if self._template.is_plain:
             return content.strip() if self._adds_space else f" {content.strip()}"
-        return content.strip() if self._trims[role] else content
-
-    @cached_property
-    def _trims(self) -> dict[str, bool]:
-        """Whether the template strips contents of a role."""
-        roles = ("system", "user", "assistant") if self.system_role else ("user", "assistant")
-        plain = _placeholders(len(roles))
-        text = self._render(roles, plain, False)
-        trims = {"system": False}
-        for index, role in enumerate(roles):
-            padded = [f" {name} " if place == index else name for place, name in enumerate(plain)]
-            trims[role] = self._render(roles, padded, False) == text
-        return trims
-
-    # --- from roles to template tokens ------------------------------------------------------------------------
-
-    def _layout(self, roles: tuple[str, ...], generation: bool) -> tuple[_Segment, ...]:
-        key = (roles, generation)
-        if key not in self._layouts:
-            self._layouts[key] = self._build_layout(roles, generation)
-        return self._layouts[key]
-
-    def _build_layout(self, roles: tuple[str, ...], generation: bool) -> tuple[_Segment, ...]:
-        pieces = self._render_pieces(roles, generation)
-        segments = []
-        for index, piece in enumerate(pieces):
-            before = roles[index - 1] if index else None
-            after = roles[index] if index < len(roles) else None
-            header = self._header(roles, index, pieces) if after == "assistant" else piece
-            beyond = self._control_ids(piece[len(header) :])
-            ids = [*self._control_ids(header), *beyond]
-            end = self._reply_end(ids) if before == "assistant" else 0
-            segments.append(_Segment(tuple(ids), reply_end=end, reply_start=len(beyond)))
-        return tuple(segments)
-
-    def _header(self, roles: tuple[str, ...], index: int, pieces: tuple[str, ...]) -> str:
-        """The generation prompt before assistant turn `index`; it must be a prefix of what the template renders."""
-        if index == 0:
-            return pieces[0]
-        prefix = self._render_pieces(roles[:index], True)
-        if prefix[:-1] != pieces[:index] or not pieces[index].startswith(prefix[-1]):
-            raise FeatclError(
-                f"chat template is not prefix-consistent before assistant turn {index} of roles {list(roles)}: "
-                f"with a generation prompt it ends in {prefix[-1]!r}, in the whole conversation {pieces[index]!r}; "
-                "loss masks would be wrong"
-            )
-        return prefix[-1]
-
-    def _reply_end(self, ids: Sequence[int]) -> int:
-        """How many first tokens of a piece belong to the reply: up to and including the token that ends it."""
-        end = next((place for place, token in enumerate(ids) if token in self.stop_ids), None)
-        if end is None:
-            raise FeatclError("chat template ends an assistant turn without one of the stop tokens")
-        return end + 1
-
-    @cached_property
-    def _turn_end_id(self) -> int | None:
-        """The first control token, or else the first token, that the template writes after a reply."""
-        ids = self._control_ids(self._render_pieces(("user", "assistant"), False)[-1])
-        special = set(self.tokenizer.all_special_ids)
-        return next((token for token in ids if token in special), ids[0] if ids else None)
-
-    def _render_pieces(self, roles: tuple[str, ...], generation: bool) -> tuple[str, ...]:
-        """The template's text before, between and after the contents of `roles`."""
-        key = (roles, generation)
-        if key not in self._pieces:
-            names = _placeholders(len(roles))
-            rest, pieces = self._render(roles, names, generation), []
-            for name, role in zip(names, roles, strict=True):
-                piece, found, rest = rest.partition(name)
-                if not found or name in rest:
-                    raise FeatclError(f"chat template shows a {role} message not exactly once; roles: {list(roles)}")
-                pieces.append(piece)
-            self._pieces[key] = (*pieces, rest)
-        return self._pieces[key]
-
-    def _render(self, roles: Sequence[str], contents: Sequence[str], generation: bool) -> str:
-        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
-        options: dict[str, Any] = {}
-        if not self.has_template:
-            options = {"chat_template": PLAIN_TEMPLATE}
-        from jinja2 import TemplateError
-
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation, **options
-            )
-        except TemplateError as error:
-            raise FeatclError(f"chat template refuses roles {list(roles)}: {error}") from error
+        return content.strip() if self._template.trims[role] else content
 
     # --- from text to ids -------------------------------------------------------------------------------------
 
-    def _control_ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    def _content_ids(self, content: str) -> list[int]:
+        return self._cached_ids(content) if len(content) <= LONGEST_CACHED else self._encode_content(content)
 
     def _encode_content(self, content: str) -> list[int]:
-        return self._split(content) if content else []
+        try:
+            return self._split(content) if content else []
+        except (TypeError, UnicodeError) as error:
+            raise FeatclError(f"content is not text that can be tokenised ({error}): {content!r:.60}") from error
 
     @cached_property
     def _split(self) -> Callable[[str], list[int]]:
-        roles = ("system", "user", "assistant") if self.system_role else ("user", "assistant")
-        return _split_encoder(self.tokenizer, "".join(self._render_pieces(roles, False)) if self.has_template else "")
+        return text_encoder(self.tokenizer, self._template.written)
 
     @cached_property
     def _start_ids(self) -> list[int]:
@@ -329,53 +215,3 @@ class Chat:
         """Whether the tokenizer itself puts a space in front of a text."""
         first = self.tokenizer.convert_ids_to_tokens(self._split("a"))[0]
         return first[:1] in ("▁", "Ġ")
-
-
-def _placeholders(count: int) -> list[str]:
-    return [f"zq{index}contentq{index}z" for index in range(count)]
-
-
-def message_text(message: Message) -> str:
-    """Content of a message as text, its tool calls appended as `call name(arguments)`."""
-    content = message.get("content") or ""
-    if not isinstance(content, str):
-        content = "\n".join(_part(part) for part in content)
-    lines = [content] if content else []
-    for call in message.get("tool_calls") or ():
-        function = call.get("function", call)
-        arguments = function.get("arguments", "")
-        if not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        lines.append(f"call {function.get('name')}({arguments})")
-    return "\n".join(lines)
-
-
-def _part(part: Any) -> str:
-    if isinstance(part, str):
-        return part
-    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
-        return part["text"]
-    raise FeatclError(f"only text parts can be learned from, got {part!r:.80}")
-
-
-def _split_encoder(tokenizer: Any, template: str) -> Callable[[str], list[int]]:
-    """An encoder of text in which control tokens are spelled out; a private copy, since it is a setting."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or type(backend).__module__.split(".")[0] != "tokenizers":
-        return lambda text: tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    backend = _guarded(backend, template)
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    return lambda text: backend.encode(text, add_special_tokens=False).ids
-
-
-def _guarded(backend: Any, template: str) -> Any:
-    """A copy in which every added token that the template writes is a control token, whatever its flag says."""
-    state = json.loads(backend.to_str()) if template else {"added_tokens": ()}
-    plain = [token for token in state["added_tokens"] if token["content"] in template and not token["special"]]
-    if not plain:
-        return copy.deepcopy(backend)
-    for token in plain:
-        token["special"] = True
-    return type(backend).from_str(json.dumps(state))

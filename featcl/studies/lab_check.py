@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from featcl.lab.streams import LabStream, load_stream
 from featcl.lab.suites import load_suite
 from featcl.lab.tasks import LabTask
 from featcl.learning import Learner
-from featcl.models import load_model
+from featcl.models import LAB_ASSETS, load_model
 from featcl.streams import Trajectory
 from featcl.streams.chat import Chat
 
@@ -83,6 +82,13 @@ class LabReport:
         claims = [asdict(claim) | {"holds": claim.holds} for claim in self.claims]
         return asdict(self) | {"claims": claims, "holds": self.holds}
 
+    def print(self) -> None:
+        """The claims as a table, to standard output."""
+        for claim in self.claims:
+            sign = "≥" if claim.above else "≤"
+            print(f"{'ok' if claim.holds else 'NO':3}{claim.what:72}{claim.value:14.3f} {sign} {claim.bound:g}")
+        print(f"{self.model}: {'all claims hold' if self.holds else 'NOT all claims hold'} ({self.seconds} s)")
+
 
 def check_lab(name: str = "lab/olmo2", *, say: Say = print) -> LabReport:
     """Measure every claim about one lab model, in both worlds.
@@ -126,12 +132,12 @@ class _Bench:
         skills = self.accuracy(self.model, self.suite)
         yield Claim("base on the general suite", _mean(skills), 0.90, True, skills)
         yield from self.saes()
-        size = sum(file.stat().st_size for file in assets_folder().rglob("*") if file.is_file())
+        size = sum(file.stat().st_size for file in LAB_ASSETS.rglob("*") if file.is_file())
         yield Claim("bytes of all assets", float(size), ASSET_LIMIT, False, {})
 
     def saes(self) -> Iterator[Claim]:
         ids = [self.chat.encode(c, mask="all").input_ids for c in islice(conversations(SAE_TEXT_SEED), SAE_TEXTS)]
-        for folder in sorted((assets_folder() / self.name.removeprefix("lab/")).glob("resid_post_*")):
+        for folder in sorted((LAB_ASSETS / self.name.removeprefix("lab/")).glob("resid_post_*")):
             health = check_sae(load_sae(folder), self.model, self.tokenizer, ids)
             where = f"SAE {folder.name}"
             yield Claim(f"{where}: fraction of variance unexplained", health.fvu, 0.15, False, {})
@@ -150,7 +156,9 @@ class _Bench:
         latent = {task.name: told[task.name] for task in tasks if task.kind == "latent"}
         yield Claim(f"{world}: base on latent tasks when told, worst", min(latent.values()), 0.90, True, latent)
         knowledge = {task.name: told[task.name] for task in tasks if task.kind == "knowledge"}
-        yield Claim(f"{world}: base on knowledge tasks when told, best", max(knowledge.values()), 0.90, False, knowledge)
+        yield Claim(
+            f"{world}: base on knowledge tasks when told, best", max(knowledge.values()), 0.90, False, knowledge
+        )
         teacher = self.accuracy(self.teacher, items)
         yield Claim(f"{world}: teacher on the tasks, worst", min(teacher.values()), 0.90, True, teacher)
         for name in TAUGHT:
@@ -182,7 +190,9 @@ class _Bench:
         general = {skill: base[skill] - suite[skill] for skill in base}
         yield Claim(f"{world}: sequential plain LoRA acquires, mean", _mean(learned), 0.85, True, learned)
         parts = {"earlier tasks": _mean(lost), "general suite": _mean(general)} | lost | general
-        yield Claim(f"{world}: and then forgets (earlier tasks or suite)", max(_mean(lost), _mean(general)), 0.30, True, parts)
+        yield Claim(
+            f"{world}: and then forgets (earlier tasks or suite)", max(_mean(lost), _mean(general)), 0.30, True, parts
+        )
 
     def related(self, world: str, tasks: Sequence[LabTask]) -> Claim:
         """Joint training on both related tasks minus training on each alone, by task and seed."""
@@ -245,11 +255,6 @@ def _any_directions(model: Any) -> Directions:
 
     width, last = model.config.hidden_size, model.config.num_hidden_layers - 1
     return Directions.from_vectors(Subspace.random(width, RANK, seed=0).basis.T, layer=last)
-
-
-def assets_folder() -> Path:
-    """Where the laboratory's assets lie."""
-    return Path(__file__).parents[1] / "lab" / "assets"
 
 
 def _mean(values: dict[str, float] | Sequence[float]) -> float:

@@ -64,7 +64,7 @@ def score_heatmap(
         for j in range(min(tasks, len(rows) - 1)):
             axes.add_patch(_frame(j))
         if tasks < len(columns):
-            axes.axvline(tasks - 0.5, color="white", linewidth=2.5)
+            axes.axvline(tasks - 0.5, color="white", linewidth=2.5, zorder=2)
         figure.colorbar(image, ax=axes, pad=0.02, label="accuracy" if measure == "accuracy" else "nats per token")
     return Path(path)
 
@@ -83,7 +83,7 @@ def forgetting_curves(path: str | Path, records: Sequence[Record]) -> Path | Non
         _task_marks(parts, records)
         if general:
             _lines(parts[1], general, start=len(curves))
-            parts[1].set_ylabel("score")
+            parts[1].set_ylabel("general score")
         parts[-1].set_xlabel("tokens seen")
         _legend(figure, parts)
     return Path(path)
@@ -159,8 +159,8 @@ def _figure(path: str | Path, *, size: tuple[float, float] = (WIDTH, HEIGHT)) ->
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    defaults: dict[Any, Any] = {key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}
-    with matplotlib.rc_context({**defaults, **_STYLE}):
+    style: Any = {key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}
+    with matplotlib.rc_context(style | _STYLE):
         figure = Figure(figsize=size, dpi=200, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
@@ -244,7 +244,7 @@ def _annotate(axes: Any, row: int, column: int, value: float, *, shade: float, m
 def _frame(task: int) -> Any:
     from matplotlib.patches import Rectangle
 
-    return Rectangle((task - 0.5, task + 0.5), 1, 1, fill=False, edgecolor="#D55E00", linewidth=1.2)
+    return Rectangle((task - 0.5, task + 0.5), 1, 1, fill=False, edgecolor="#D55E00", linewidth=1.2, zorder=5)
 
 
 def _bound(scores: np.ndarray, choose: Any) -> float:

@@ -164,7 +164,8 @@ def _flips_section(matrix: dict[str, Any]) -> str:
     if matrix.get("measure") != "accuracy" or len(matrix.get("rows", ())) < 2:
         return ""
     rows, lists = [], []
-    for index, (column, items) in enumerate(matrix["items"].items()):
+    for index, column in enumerate(matrix["columns"]):
+        items = matrix["items"].get(column, {})
         learned = index + 1 if index < min(matrix["n_tasks"], len(matrix["rows"]) - 1) else 0
         lost = [item for item, scores in items.items() if _flipped(scores[learned], scores[-1])]
         won = [item for item, scores in items.items() if _flipped(scores[-1], scores[learned])]
@@ -185,6 +186,8 @@ def _table_sections(folder: Path) -> list[str]:
     sections = []
     for path in sorted((folder / "tables").glob("*.json")):
         data = _read_json(path)
+        if data["name"] == "R":  # the score matrix in long form, shown already
+            continue
         title = "What the adapter does, feature by feature" if data["name"] == "features" else data["name"]
         sections.append(page.section(title, page.table(data["columns"], data["rows"])))
     return sections

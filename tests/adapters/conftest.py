@@ -115,5 +115,5 @@ def train(adapter: ConstrainedAdapter, *, steps: int = 20, lr: float = 1e-2) -> 
 
 @pytest.fixture
 def zoo() -> SimpleNamespace:
-    """The functions above: `zoo.model("olmo3")`, `zoo.directions()`, `zoo.batch()`, `zoo.loss(…)`, `zoo.train(adapter)`."""
+    """The functions above: `zoo.model("olmo3")`, `zoo.directions()`, `zoo.batch()`, `zoo.train(adapter)`."""
     return SimpleNamespace(model=build_model, directions=build_directions, batch=batch, loss=loss_of, train=train)

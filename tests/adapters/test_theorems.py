@@ -34,10 +34,11 @@ def test_control_without_folding_the_write_leaks(zoo, family):
     assert all(site.leak > 0.2 for site in report.per_site.values())
 
 
-@pytest.mark.parametrize("family", ("gemma", "olmo", "llama", "qwen3"))
+@pytest.mark.parametrize("family", ["gemma", "olmo", "llama", "qwen3"])
 def test_without_post_norm_folding_changes_nothing_for_writers(zoo, family):
     folded, plain = (
-        zoo.train(constrain(zoo.model(family), zoo.directions(), kind="write", fold_norms=fold)) for fold in (True, False)
+        zoo.train(constrain(zoo.model(family), zoo.directions(), kind="write", fold_norms=fold))
+        for fold in (True, False)
     )
     assert folded.leak(*zoo.batch()) == plain.leak(*zoo.batch())
     assert folded.leak(*zoo.batch()).rescale == 0.0
@@ -62,39 +63,38 @@ def test_leak_of_an_update_that_is_zero_is_not_a_number(zoo):
     assert math.isnan(report.total_change_outside)
 
 
-def orthogonal_update(adapter, site, vectors, *, centered):
-    """‖ΔW x‖ / (‖ΔW‖ ‖x‖) for what a norm makes of residuals that are orthogonal to `vectors`."""
-    stream = torch.randn(50, vectors.shape[1], dtype=torch.float64)
-    stream = stream - stream.mean(1, keepdim=True) if centered else stream
+def reaction(adapter, site, vectors):
+    """What the update makes of residuals orthogonal to `vectors`, as a share of what it makes of unrestricted ones."""
+    stream = torch.randn(50, vectors.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     span = lowdin(vectors, dtype=torch.float64).basis
-    stream = (stream - (stream @ span) @ span.T).float()
-    norm = site.plan.site.norm_name
-    seen = stream if norm is None else adapter.model.get_base_model().get_submodule(norm)(stream)
+    orthogonal = stream - (stream @ span) @ span.T
     a, b = site.factors()
-    update = b.double() @ a.double()
-    return float((seen.double() @ update.T).norm() / (update.norm() * seen.double().norm()))
+    update, norm = b.double() @ a.double(), site.plan.site.norm_name
+    sizes = []
+    for residual in (orthogonal, stream):
+        seen = residual.float()
+        seen = seen if norm is None else adapter.model.get_base_model().get_submodule(norm)(seen)
+        sizes.append(float((seen.double() @ update.T).norm()))
+    return sizes[0] / sizes[1]
 
 
-@pytest.mark.parametrize("family", ("gemma", "gemma2", "gemma3", "olmo", "olmo2", "olmo3", "llama", "qwen3"))
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3", "olmo", "olmo2", "olmo3", "llama", "qwen3"])
 def test_read_reacts_to_nothing_orthogonal_to_the_features(zoo, family):
     directions = zoo.directions()
     adapter = zoo.train(constrain(zoo.model(family), directions, kind="read"))
     assert adapter.leak(*zoo.batch()).leak <= 1e-6
-    for site in adapter.sites:
-        assert orthogonal_update(adapter, site, directions.readers, centered=False) <= 1e-6
+    assert max(reaction(adapter, site, directions.readers) for site in adapter.sites) <= 1e-6
 
 
-@pytest.mark.parametrize("family", (*GAINED_READERS, "olmo"))
+@pytest.mark.parametrize("family", [*GAINED_READERS, "olmo"])
 def test_control_without_folding_the_read_reacts(zoo, family):
-    """On OLMo-1 nothing is folded but the mean: a basis that is not orthogonal to the ones vector reacts to it."""
+    """On OLMo-1 only the mean is folded: a basis that is not orthogonal to the ones vector reacts to it."""
     directions = zoo.directions()
     adapter = zoo.train(constrain(zoo.model(family), directions, kind="read", fold_norms=False))
-    worst = max(orthogonal_update(adapter, site, directions.readers, centered=False) for site in adapter.sites)
-    assert worst > 0.0, worst
-    print(family, worst)
+    assert min(reaction(adapter, site, directions.readers) for site in adapter.sites) > 0.1
 
 
-@pytest.mark.parametrize("family", ("gemma2", "olmo", "olmo2"))
+@pytest.mark.parametrize("family", ["gemma2", "olmo", "olmo2"])
 def test_protect_leaves_directions_unwritten_and_stays_in_the_span(zoo, family):
     directions = zoo.directions()
     mixed = torch.cat([directions.vectors[:1] + directions.vectors[1:2], torch.randn(1, 32)])
@@ -116,8 +116,8 @@ def test_protected_reads_do_not_react_to_what_is_retained(zoo):
         assert float((retained.basis.double().T @ read).norm() / read.norm()) <= 1e-6
 
 
-@pytest.mark.parametrize("family", ("gemma2", "olmo2", "olmo"))
-@pytest.mark.parametrize("kind", ("write", "read", "both"))
+@pytest.mark.parametrize("family", ["gemma2", "olmo2", "olmo"])
+@pytest.mark.parametrize("kind", ["write", "read", "both"])
 def test_a_rank_below_k_keeps_every_promise(zoo, family, kind):
     adapter = zoo.train(constrain(zoo.model(family), zoo.directions(), kind=kind, rank=2))
     assert all(site.factors()[0].shape[0] == 2 for site in adapter.sites)
@@ -158,7 +158,7 @@ def test_all_of_the_stream_reproduces_full_fine_tuning(zoo):
         optimizer.step()
     for site, weight, before in zip(adapter.sites, weights, start, strict=True):
         a, b = site.factors()
-        torch.testing.assert_close(b @ a, weight.detach() - before, atol=2e-5, rtol=0)
+        assert float((b @ a - (weight.detach() - before)).norm() / (b @ a).norm()) <= 1e-3
 
 
 def test_a_gain_that_cannot_be_inverted_is_clamped_named_and_exempt(zoo):

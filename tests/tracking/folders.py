@@ -64,10 +64,22 @@ def make(folder: Path, *, finished: bool = True) -> Path:
     tracker.table("features", ("feature", "name", "write", "read"), features)
     tracker.finish({})
     write_json(folder / "R.json", score_rows())
-    config = {"study": "quickstart", "arm": "base", "seed": 0, "model": "lab/olmo2", "adapter": {"kind": "both", "k": 32}}
+    config = {
+        "study": "quickstart",
+        "arm": "base",
+        "seed": 0,
+        "model": "lab/olmo2",
+        "adapter": {"kind": "both", "k": 32},
+    }
     write_json(folder / "config.json", config)
     write_json(folder / "env.json", {"python": "3.11", "torch": "2.13.0", "float32_matmul": "highest"})
     if finished:
-        numbers = {"acc": 0.71, "bwt": -0.2, "forgetting_max_past": 0.21, "learning_accuracy": 0.9, "general_change": -0.3}
+        numbers = {
+            "acc": 0.71,
+            "bwt": -0.2,
+            "forgetting_max_past": 0.21,
+            "learning_accuracy": 0.9,
+            "general_change": -0.3,
+        }
         write_json(folder / "summary.json", {"metrics": {**numbers, "intransigence": float("nan")}, "updates": 120})
     return folder

@@ -1,0 +1,5 @@
+"""`python -m featcl` is the `featcl` command."""
+
+from featcl.cli import main
+
+main()

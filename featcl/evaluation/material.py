@@ -1,0 +1,257 @@
+"""What a stream gives a run: experiences in order, what is measured, and the texts that features are selected on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from featcl.errors import FeatclError
+from featcl.evaluation.board import Board, GradedBoard, LikelihoodBoard
+from featcl.evaluation.scoring import encode_item, lasting_items
+from featcl.features import read_texts
+from featcl.files import digest_json
+from featcl.lab.items import Item
+from featcl.lab.streams import LabStream
+from featcl.streams import Chat, Encoded, Trajectory, encode_trajectory
+from featcl.streams.split import by_source, split_source
+from featcl.streams.windows import cut_windows
+
+HELDOUT_WINDOWS = 8  # of a held-out trajectory longer than the model's context
+BACKGROUND_BLOCK = 1200  # characters of background text that make one item
+BACKGROUND_ITEMS = 32  # of each background file, from its last fifth
+
+Text = str | Sequence[int]
+Columns = Mapping[str, Sequence[Item]]
+Reject = Callable[[Trajectory, FeatclError], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A labelled segment of the stream."""
+
+    name: str
+    trajectories: tuple[Trajectory, ...]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a stream gives.
+
+    Attributes:
+        tasks: In the order of the stream.
+        probes: Columns of R that are never taught and may change.
+        general: Columns of R that should stay as they are.
+        board: Scores all columns.
+        canaries: Arguments of `Canaries` beside model and chat; empty for none.
+        calibration: `positive`, `negative`, `stream`, `background`; disjoint from stream and evaluation.
+        plain_background: Background as plain text, for the objective `recover`.
+        digest: Of everything that is taught.
+    """
+
+    tasks: tuple[Task, ...]
+    probes: tuple[str, ...]
+    general: tuple[str, ...]
+    board: Board
+    canaries: Mapping[str, Any]
+    calibration: Mapping[str, Sequence[Text]]
+    plain_background: tuple[str, ...]
+    digest: str
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of R: tasks, then probes, then general ability."""
+        return (*(task.name for task in self.tasks), *self.probes, *self.general)
+
+
+def suite_columns(names: Iterable[str]) -> dict[str, tuple[Item, ...]]:
+    """Column (`general/facts`) -> items, for every suite by name (`lab/general`).
+
+    Raises:
+        FeatclError: If there is no such suite.
+    """
+    from featcl.lab.suites import load_suite
+
+    columns: dict[str, tuple[Item, ...]] = {}
+    for name in names:
+        for item in load_suite(name):
+            column = f"{name.removeprefix('lab/')}/{item.task}"
+            columns[column] = (*columns.get(column, ()), item)
+    return columns
+
+
+# --- the laboratory's streams ------------------------------------------------------------------------------------
+
+
+def lab_material(
+    stream: LabStream, chat: Chat, *, suites: Columns, canary_items: int | None = None, limit: int | None = None
+) -> Material:
+    """A graded stream, with the general suites beside it; items that the stream makes obsolete leave R.
+
+    Args:
+        stream: The stream.
+        chat: The chat form of the model's tokenizer.
+        suites: Column -> items of general ability.
+        canary_items: About how many items are looked at between evaluations; None for none.
+        limit: Learn from at most this many trajectories per task.
+    """
+    n_tasks = len(stream.tasks)
+    taught = {task.name: lasting_items(task.items, n_tasks) for task in stream.tasks}
+    probes = {probe.name: lasting_items(probe.items, n_tasks) for probe in stream.probes}
+    return Material(
+        tasks=tuple(Task(task.name, task.trajectories[:limit]) for task in stream.tasks),
+        probes=tuple(probes),
+        general=tuple(suites),
+        board=GradedBoard(chat, {**taught, **probes, **suites}),
+        canaries={} if canary_items is None else _item_canaries(taught, suites, canary_items),
+        calibration={
+            "positive": _as_ids(chat, stream.positive),
+            "negative": _as_ids(chat, stream.negative),
+            "stream": _as_ids(chat, stream.positive),
+            "background": _as_ids(chat, stream.background),
+        },
+        plain_background=tuple(_as_text(messages) for messages in stream.background),
+        digest=stream.digest,
+    )
+
+
+def _item_canaries(taught: Columns, suites: Columns, count: int) -> dict[str, Any]:
+    """About `count` items, half from the tasks and half from the suites, spread evenly."""
+    groups = {name: items for name, items in taught.items() if items}
+    per_task = max(1, count // (2 if suites else 1) // max(1, len(groups)))
+    per_skill = max(1, count // 2 // max(1, len(suites)))
+    return {
+        "items": [item for items in groups.values() for item in items[:per_task]],
+        "suites": {name.replace("general/", "", 1): items[:per_skill] for name, items in suites.items()},
+    }
+
+
+def _as_ids(chat: Chat, conversations: Iterable[Sequence[Any]]) -> list[Text]:
+    return [chat.encode(messages, mask="none").input_ids for messages in conversations]
+
+
+def _as_text(messages: Sequence[Mapping[str, Any]]) -> str:
+    return "\n".join(message["content"] for message in messages if message.get("content"))
+
+
+# --- streams from files ------------------------------------------------------------------------------------------
+
+
+def file_material(
+    trajectories: Sequence[Trajectory],
+    chat: Chat,
+    *,
+    length: int,
+    holdout: float,
+    calibration: float,
+    background: Sequence[str] = (),
+    suites: Columns | None = None,
+    canary_items: int | None = None,
+    limit: int | None = None,
+    reject: Reject | None = None,
+) -> Material:
+    """Trajectories without graded items: each source is a task, and R holds what its held-out part costs.
+
+    Args:
+        trajectories: Of all sources, in order.
+        chat: The chat form of the model's tokenizer.
+        length: Longest window in tokens.
+        holdout, calibration: Shares of each source that are scored, and that features are selected on.
+        background: Text files; the last fifth of each is a column of R.
+        suites: Column -> items of general ability; scored as the likelihood of the right answers.
+        canary_items: About how many windows are looked at between evaluations; None for none.
+        limit: Learn from at most this many trajectories per task.
+        reject: Called for a trajectory with nothing to learn from, which is then left out; None raises.
+
+    Raises:
+        FeatclError: If nothing can be learned from, or held out.
+    """
+    windows = _encodable(trajectories, chat, length=length, reject=reject)
+    groups = by_source([trajectory for trajectory in trajectories if trajectory.id in windows])
+    if not groups:
+        raise FeatclError("the stream holds no trajectory that can be learned from")
+    splits = {name: split_source(group, holdout=holdout, calibration=calibration) for name, group in groups.items()}
+    tasks = tuple(Task(source, split.train[:limit]) for source, split in splits.items())
+    heldout = {source: {t.id: windows[t.id] for t in split.heldout} for source, split in splits.items()}
+    selecting, scored = _background(background, chat, length=length)
+    answers = {name: {item.id: [encode_item(chat, item)] for item in items} for name, items in (suites or {}).items()}
+    stream = [t for split in splits.values() for t in split.calibration] or list(tasks[0].trajectories[:1])
+    return Material(
+        tasks=tasks,
+        probes=(),
+        general=(*scored, *answers),
+        board=LikelihoodBoard({**heldout, **scored, **answers}),
+        canaries={} if canary_items is None else _window_canaries(heldout, scored, canary_items),
+        calibration={"stream": [_ids_of(chat, trajectory) for trajectory in stream], "background": selecting},
+        plain_background=tuple(selecting),
+        digest=digest_json([[task.name, [t.to_record() for t in task.trajectories]] for task in tasks]),
+    )
+
+
+def _encodable(
+    trajectories: Sequence[Trajectory], chat: Chat, *, length: int, reject: Reject | None
+) -> dict[str, list[Encoded]]:
+    """Id -> windows of every trajectory that holds something to learn."""
+    windows: dict[str, list[Encoded]] = {}
+    for trajectory in trajectories:
+        try:
+            if trajectory.id in windows:
+                raise FeatclError(f"trajectory id {trajectory.id!r} occurs in two files; ids are unique in a stream")
+            encoded = encode_trajectory(trajectory, chat, max_length=length, max_windows=HELDOUT_WINDOWS)
+            windows[trajectory.id] = encoded.windows
+        except FeatclError as error:
+            if reject is None:
+                raise FeatclError(f"{error}; with stream.strict=false it is quarantined and the run goes on") from error
+            reject(trajectory, error)
+    return windows
+
+
+def _background(
+    paths: Sequence[str], chat: Chat, *, length: int
+) -> tuple[list[str], dict[str, dict[str, list[Encoded]]]]:
+    """Background files in blocks: those to select features on, and column -> item -> windows of those to score."""
+    selecting: list[str] = []
+    columns: dict[str, dict[str, list[Encoded]]] = {}
+    for path in paths:
+        blocks = [block for text in read_texts(path) for block in _blocks(text)]
+        cut = max(1, len(blocks) - max(1, len(blocks) // 5))
+        selecting += blocks[:cut]
+        name = f"background/{Path(path).name.split('.')[0]}"
+        columns[name] = {
+            f"{name}/{index}": cut_windows(chat.encode_text(block), max_length=length, start=chat.start_id).windows
+            for index, block in enumerate(blocks[cut:][:BACKGROUND_ITEMS], start=cut)
+        }
+    return selecting, {name: items for name, items in columns.items() if items}
+
+
+def _blocks(text: str) -> list[str]:
+    """Runs of whole lines of about `BACKGROUND_BLOCK` characters."""
+    blocks, lines, size = [], [], 0
+    for line in text.split("\n"):
+        lines.append(line)
+        size += len(line) + 1
+        if size >= BACKGROUND_BLOCK:
+            blocks.append("\n".join(lines))
+            lines, size = [], 0
+    blocks.append("\n".join(lines))
+    return [block for block in blocks if len(block.strip()) > 1]
+
+
+def _window_canaries(
+    heldout: Mapping[str, Mapping[str, Sequence[Encoded]]], background: Mapping[str, Any], count: int
+) -> dict[str, Any]:
+    """The first window of about `count` held-out items, spread evenly over the columns."""
+    columns = {name: items for name, items in {**heldout, **background}.items() if items}
+    each = max(1, count // max(1, len(columns)))
+    first = {name: [windows[0] for windows in list(items.values())[:each]] for name, items in columns.items()}
+    return {
+        "windows": {name: first[name] for name in heldout if name in first},
+        "background": {name: first[name] for name in background if name in first},
+    }
+
+
+def _ids_of(chat: Chat, trajectory: Trajectory) -> Text:
+    if trajectory.text is not None:
+        return trajectory.text
+    return chat.encode(trajectory.messages, mask="none").input_ids

@@ -1,0 +1,100 @@
+"""Saved and loaded, a learner goes on bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from featcl.errors import FeatclError
+from featcl.learning import Learner
+from featcl.learning.optimizers import build_optimizer, load_moments_, moments
+from featcl.learning.randomness import derived_generator
+from featcl.streams import Trajectory
+
+Make = Callable[..., Any]
+OBJECTIVE = [{"name": "self_distillation", "skip": 1}, {"name": "sft", "weight": 0.3}]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "momentum", "sgd"])
+def test_resumed_equals_uninterrupted(rig: Make, talk: Trajectory, tmp_path: Path, optimizer: str) -> None:
+    stream = [replace(talk, id=f"talk-{n}") for n in range(6)]
+    through = rig().learner(objective=OBJECTIVE, optimizer=optimizer, weight_decay=0.01, seed=3)
+    expected = [replace(through.observe(t), seconds=0.0) for t in stream]
+
+    first = rig().learner(objective=OBJECTIVE, optimizer=optimizer, weight_decay=0.01, seed=3)
+    for t in stream[:3]:
+        first.observe(t)
+    first.save(tmp_path)
+    made = rig()
+    torch.manual_seed(12345)  # global randomness must not matter
+    second = Learner.load(tmp_path, made.model, made.tokenizer, made.adapter)
+    assert (second.version, second.versions, second.tokens) == (3, (3,), first.tokens)
+    found = [replace(second.observe(t), seconds=0.0) for t in stream[3:]]
+    assert found == expected[3:]
+    for name, value in through.adapter.coordinates().items():
+        assert torch.equal(second.adapter.coordinates()[name], value)
+
+
+def test_another_seed_samples_otherwise(rig: Make, talk: Trajectory) -> None:
+    losses = [rig().learner(objective="self_distillation", seed=seed).observe(talk).loss for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_saving_twice_gives_the_same_bytes(rig: Make, talk: Trajectory, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        learner = rig().learner()
+        learner.observe(talk)
+        learner.save(tmp_path / name)
+    files = [sorted((tmp_path / name).iterdir()) for name in ("a", "b")]
+    assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]]
+
+
+def test_what_does_not_fit_is_refused(rig: Make, talk: Trajectory, tmp_path: Path) -> None:
+    with pytest.raises(FeatclError, match="no saved learner"):
+        rig().learner().restore_(tmp_path)
+    learner = rig(kind="write").learner()
+    learner.observe(talk)
+    learner.save(tmp_path)
+    with pytest.raises(FeatclError, match="another adapter"):
+        rig(kind="read").learner().restore_(tmp_path)
+    (tmp_path / "learner.safetensors").write_bytes(b"junk")
+    with pytest.raises(FeatclError, match="not a saved learner"):
+        rig().learner().restore_(tmp_path)
+
+
+def test_moments_are_copied_and_put_back() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = build_optimizer("adamw", [weight], lr=0.1)
+    weight.grad = torch.tensor([1.0, 2.0, 3.0])
+    optimizer.step()
+    saved = moments(optimizer)
+    optimizer.step()
+    assert not torch.equal(saved["0/exp_avg"], moments(optimizer)["0/exp_avg"])
+    load_moments_(optimizer, saved)
+    assert all(torch.equal(value, saved[name]) for name, value in moments(optimizer).items())
+    with pytest.raises(FeatclError, match="does not fit"):
+        load_moments_(optimizer, {"0/exp_avg": torch.zeros(4)})
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_weight_decay_is_decoupled(name: str) -> None:
+    weight = torch.nn.Parameter(torch.full((2,), 5.0))
+    optimizer = build_optimizer(name, [weight], lr=0.1, weight_decay=0.5)
+    weight.grad = torch.zeros(2)
+    optimizer.step()
+    torch.testing.assert_close(weight.data, torch.full((2,), 5.0 * (1 - 0.1 * 0.5)))
+
+
+def test_generators_depend_on_all_three() -> None:
+    draws = {
+        torch.rand((), generator=derived_generator(*key)).item()
+        for key in ((0, "a", "x"), (1, "a", "x"), (0, "b", "x"), (0, "a", "y"))
+    }
+    assert len(draws) == 4
+    again = [torch.rand(3, generator=derived_generator(0, "a", "x")) for _ in range(2)]
+    assert torch.equal(*again)

@@ -1,0 +1,113 @@
+"""The command line: exit codes, one line on standard error, what is listed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from featcl import cli
+
+
+def featcl(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "featcl.cli", *arguments],
+        capture_output=True, text=True, timeout=300, check=False, cwd=cwd,
+    )  # fmt: skip
+
+
+def test_help_lists_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.invoke(["--help"]) == 0
+    printed = capsys.readouterr().out
+    listed = [line.split()[0] for line in printed.split("Commands:")[1].splitlines() if line.strip()]
+    assert listed == ["run", "table", "doctor", "features", "lab"]
+    for group, commands in (("features", ["train", "check", "select", "show"]), ("lab", ["check", "train"])):
+        assert cli.invoke([group, "--help"]) == 0
+        printed = capsys.readouterr().out
+        lines = printed.split("Commands:")[1].splitlines()
+        assert [line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "] == commands
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.invoke(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"]
+    assert found["float32_matmul"] in ("highest", "high", "medium")
+    assert cli.invoke(["doctor"]) == 0
+    assert "torch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nowhere.yaml"], "nowhere.yaml: cannot read this config: No such file"),
+        (["run"], "config"),
+        (["rnu"], "rnu"),
+        (["run", "x.yaml", "--overwritten"], "--overwritten"),
+        (["table", "nowhere"], "nowhere: no such study"),
+        (["features", "train", "--model", "m", "--layer", "1", "--out", "o"], "give at least one text file"),
+        (["features", "train", "--layer", "one"], "one"),
+        (["features", "show", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.invoke(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert message in printed.err
+    assert printed.err.startswith("featcl: error: ")
+    assert printed.err.count("\n") == 1
+
+
+def test_a_config_error_names_key_and_file(tmp_path: Path) -> None:
+    path = tmp_path / "arm.yaml"
+    path.write_text("learner: {stepps: 3}\n")
+    done = featcl("run", str(path))
+    assert done.returncode == 2
+    assert done.stderr == f"featcl: error: {path}: learner.stepps: unknown key, did you mean 'steps'?\n"
+    assert done.stdout == ""
+    done = featcl("run", str(path), "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "ConfigError" in done.stderr
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ValueError, match="no such study"):
+        cli.invoke(["table", "nowhere"], debug=True)
+
+
+def test_an_interrupt_exits_with_130(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import featcl.run
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt("the state is saved in results/x; the same command goes on from there")
+
+    path = tmp_path / "arm.yaml"
+    path.write_text("")
+    monkeypatch.setattr(featcl.run, "run", stopped)
+    assert cli.invoke(["run", str(path)]) == 130
+    assert capsys.readouterr().err == (
+        "featcl: interrupted; the state is saved in results/x; the same command goes on from there\n"
+    )
+
+
+def test_errors_that_are_ours_are_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import featcl.run
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    path = tmp_path / "arm.yaml"
+    path.write_text("")
+    monkeypatch.setattr(featcl.run, "run", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.invoke(["run", str(path)])
