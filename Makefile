@@ -37,8 +37,9 @@ setup: $(STAMP)
 $(STAMP):
 	@test -n "$(PYTHON)" || { echo "featcl needs Python 3.11 or newer; set PYTHON=/path/to/python" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements.lock
-	$(BIN)/python -m pip install --quiet --no-deps -e .
+	@echo "installing the exact versions of requirements.lock into $(VENV); once, one to four minutes"
+	$(BIN)/python -m pip install -qq -r requirements.lock
+	$(BIN)/python -m pip install -qq --no-deps -e .
 	rm -f $(VENV)/.installed-*
 	touch $@
 

@@ -32,20 +32,54 @@ _NAMES = {
     "constrain": "featcl.adapters",
     "ConstrainedAdapter": "featcl.adapters",
     "Learner": "featcl.learning",
+    "RunResult": "featcl.evaluation.result",
 }
 # Rooms reached as attributes. `run` is one of them: the module is callable, so `featcl.run(config)` works.
 _MODULES = ("adapters", "evaluation", "features", "lab", "learning", "objectives", "run", "streams", "tracking")
 
-__all__ = ["__version__", *sorted(_NAMES), *_MODULES]
+__all__ = [
+    "ConfigError",
+    "ConstrainedAdapter",
+    "Directions",
+    "FeatclError",
+    "Learner",
+    "RunConfig",
+    "RunResult",
+    "Subspace",
+    "Trajectory",
+    "__version__",
+    "adapters",
+    "check_sae",
+    "constrain",
+    "evaluation",
+    "features",
+    "lab",
+    "learning",
+    "load_model",
+    "load_sae",
+    "objectives",
+    "read_trajectories",
+    "run",
+    "select_features",
+    "streams",
+    "tracking",
+]
 
 if TYPE_CHECKING:
+    from featcl import adapters as adapters
     from featcl import evaluation as evaluation
+    from featcl import features as features
+    from featcl import lab as lab
+    from featcl import learning as learning
     from featcl import objectives as objectives
+    from featcl import streams as streams
+    from featcl import tracking as tracking
     from featcl.adapters import ConstrainedAdapter as ConstrainedAdapter
     from featcl.adapters import constrain as constrain
     from featcl.config import ConfigError as ConfigError
     from featcl.config import RunConfig as RunConfig
     from featcl.errors import FeatclError as FeatclError
+    from featcl.evaluation.result import RunResult as RunResult
     from featcl.features import Directions as Directions
     from featcl.features import check_sae as check_sae
     from featcl.features import load_sae as load_sae

@@ -41,6 +41,7 @@ class Experiment:
         material: The stream's part.
         adapter, learner: On the model, at the zero start.
         phases: Settings for `Learner.reconfigure`, run in order on each task.
+        experiences: How many of each task's trajectories each phase learns from, the first ones; None is all.
         canaries: Scored between evaluations, or None.
         directions: One set, or one per layer.
         facts: What env.json records beside the machine.
@@ -51,6 +52,7 @@ class Experiment:
     adapter: ConstrainedAdapter
     learner: Learner
     phases: tuple[Mapping[str, Any], ...]
+    experiences: tuple[int | None, ...]
     canaries: Canaries | None
     directions: Directions | Mapping[int, Directions]
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -73,7 +75,9 @@ def build(config: RunConfig, *, quarantine: str | Path | None = None) -> Experim
     material = _material(config, chat, length=min(max_context(model), LONGEST), quarantine=quarantine)
     facts = {"model_digest": model_digest(model), "stream_digest": material.digest}
     directions, hooks = _directions(config, model, tokenizer, material)
-    phases = tuple(_settings(phase) for phase in config.phases or (config.learner,))
+    learners = config.phases or (config.learner,)
+    phases = tuple(_settings(learner) for learner in learners)
+    experiences = tuple(learner.experiences for learner in learners)
     teacher = load_model(config.teacher, device=config.runtime.device) if config.teacher else None
     adapter = constrain(
         model,
@@ -95,7 +99,7 @@ def build(config: RunConfig, *, quarantine: str | Path | None = None) -> Experim
     )
     canaries = Canaries(adapter.model, chat, **material.canaries) if material.canaries else None
     facts |= {"hooks": hooks, "directions_digest": _digest(directions), "seed": config.seed}
-    return Experiment(config, material, adapter, learner, phases, canaries, directions, facts)
+    return Experiment(config, material, adapter, learner, phases, experiences, canaries, directions, facts)
 
 
 def apply_runtime(config: RunConfig) -> None:
@@ -107,7 +111,7 @@ def apply_runtime(config: RunConfig) -> None:
 
 def _settings(learner: LearnerConfig) -> dict[str, Any]:
     """The arguments of `Learner.reconfigure`; an objective's options that are null are its own defaults."""
-    settings = learner.model_dump(exclude={"objectives"})
+    settings = learner.model_dump(exclude={"objectives", "experiences"})
     return {"objective": [term.model_dump() for term in learner.objectives], **settings}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,7 @@ More = Annotated[list[Path] | None, typer.Argument(hidden=True)]  # what a shell
 def main() -> None:
     """Entry point: runs the command and turns what can go wrong into an exit code."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries, about other libraries
     sys.exit(invoke(arguments, debug=len(arguments) < len(sys.argv) - 1))
 
 

@@ -145,6 +145,7 @@ class LearnerConfig(Part):
     lr: Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)] = 1.0e-3
     weight_decay: Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)] = 0.0
     steps: Count = 1
+    experiences: Count | None = None  # of each task, its first ones; null for all
     max_windows: Count = 8  # of a trajectory longer than the model's context
     max_kl_per_update: Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)] | None = None
 

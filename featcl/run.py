@@ -6,12 +6,10 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,9 @@ from typing import Any
 from featcl.build import Experiment, build
 from featcl.config import RunConfig
 from featcl.errors import FeatclError
-from featcl.evaluation import FORMULAS, ScoreMatrix
+from featcl.evaluation import ScoreMatrix
 from featcl.evaluation.board import without_columns
+from featcl.evaluation.result import RunResult
 from featcl.features.tokens import token_batches, token_windows
 from featcl.files import write_json
 from featcl.streams import Trajectory
@@ -29,6 +28,7 @@ from featcl.tracking.environment import environment
 from featcl.tracking.folder import RunFolder
 from featcl.tracking.interrupt import Interruptible
 from featcl.tracking.names import TOKENS_SEEN
+from featcl.tracking.progress import progress_bar, say, waiting
 from featcl.tracking.report import draw_plots, write_report
 
 CHECKPOINT_SECONDS = 30.0  # between evaluations; after each one the state is saved in any case
@@ -52,8 +52,10 @@ def run(config: RunConfig, *, overwrite: bool = False) -> RunResult:
     folder = RunFolder(config.folder, config.to_dict(), digest=config.digest, overwrite=overwrite)
     with folder, Interruptible() as interrupt:
         if folder.finished:
+            say(f"{folder.path} holds this run, finished; --overwrite would run it again")
             return RunResult.load(folder.path)
-        experiment = build(config, quarantine=folder.path / "quarantine.jsonl")
+        with waiting("loading the model, selecting features, attaching the adapter"):
+            experiment = build(config, quarantine=folder.path / "quarantine.jsonl")
         with Session(experiment, folder, interrupt) as session:
             for step in session.remaining(plan(experiment)):
                 match step:
@@ -99,8 +101,8 @@ def plan(experiment: Experiment) -> Iterator[Step]:
     updates = 0
     yield Evaluate("base")
     for task in experiment.material.tasks:
-        for phase in range(len(experiment.phases)):
-            for trajectory in task.trajectories:
+        for phase, limit in enumerate(experiment.experiences):
+            for trajectory in task.trajectories[:limit]:
                 yield Update(task.name, phase, trajectory)
                 updates += 1
                 if canaries is not None and experiment.canaries is not None and updates % canaries.every == 0:
@@ -134,6 +136,7 @@ class Session:
             folder.start({**environment(), **experiment.facts})
             if state is not None:
                 history = self._restore(state)
+                say(f"{folder.path} was interrupted after {self.learner.version} updates; going on from there")
             else:
                 self._save_directions()
         self.tracker = self._open_trackers(history)
@@ -156,10 +159,10 @@ class Session:
     def remaining(self, steps: Iterator[Step]) -> Iterator[Step]:
         """The steps that are not done yet, with a progress bar on a terminal."""
         todo = list(steps)
-        with _progress(len(todo), done=self.position) as advance:
+        with progress_bar(len(todo), done=self.position) as advance:
             for step in todo[self.position :]:
                 yield step
-                advance(step)
+                advance(step.task if isinstance(step, Update) else None)
 
     def learn(self, step: Update) -> None:
         """One update."""
@@ -300,27 +303,6 @@ class Session:
         return cut_back(self.folder.path / "metrics.jsonl", lines=session["lines"]).kept
 
 
-@contextmanager
-def _progress(total: int, *, done: int) -> Iterator[Callable[[Step], None]]:
-    """A bar with the time left on standard error; nothing under CI, in logs and in pipes."""
-    if not sys.stderr.isatty() or os.environ.get("CI"):
-        yield lambda step: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("learning", total=total, completed=done)
-
-        def advance(step: Step) -> None:
-            if isinstance(step, Update):
-                bar.update(task, description=step.task)
-            bar.advance(task)
-
-        yield advance
-
-
 def _last(matrix: ScoreMatrix, column: str) -> float:
     return float(matrix.values[-1, matrix.columns.index(column)])
 
@@ -329,57 +311,6 @@ def _long(matrix: ScoreMatrix) -> list[list[Any]]:
     """R as rows of (row, column, score)."""
     values = matrix.values.tolist()
     return [[row, column, values[i][j]] for i, row in enumerate(matrix.rows) for j, column in enumerate(matrix.columns)]
-
-
-# --- what comes out ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """A finished run.
-
-    Attributes:
-        path: Its folder.
-        matrix: R, with the score of every item.
-        summary: The final numbers, as in summary.json.
-    """
-
-    path: Path
-    matrix: ScoreMatrix
-    summary: Mapping[str, Any]
-
-    @classmethod
-    def load(cls, path: str | Path) -> RunResult:
-        """Read a finished run's folder.
-
-        Raises:
-            FeatclError: If the run has not finished, or a file is damaged.
-        """
-        path = Path(path)
-        if not (path / "summary.json").is_file():
-            raise FeatclError(f"{path}: no summary.json; this run has not finished")
-        return cls(path, ScoreMatrix.load(path / "R.json"), json.loads((path / "summary.json").read_text("utf-8")))
-
-    def print(self) -> None:
-        """Scores before and after, the metrics with their formulas, and where the report lies; to standard output."""
-        from rich.console import Console
-        from rich.table import Table
-
-        unit = "share right" if self.matrix.measure == "accuracy" else "nats per token, lower is better"
-        table = Table(title=f"{self.summary['study']}/{self.summary['arm']}, seed {self.summary['seed']}: {unit}")
-        for heading in ("", "base", "just learned", "final"):
-            table.add_column(heading, justify="right" if heading else "left")
-        values = self.matrix.values
-        for j, column in enumerate(self.matrix.columns):
-            learned = f"{values[j + 1, j]:.3f}" if j < self.matrix.n_tasks else ""
-            table.add_row(column, f"{values[0, j]:.3f}", learned, f"{values[-1, j]:.3f}")
-        console = Console(width=110, highlight=False)
-        console.print(table)
-        for name, formula in FORMULAS.items():
-            value = self.summary["metrics"].get(name)
-            if value is not None:
-                console.print(f"{name:26}{value:+.3f}   {formula}")
-        console.print(f"report: {self.path / 'report.html'}")
 
 
 class _CallableModule(types.ModuleType):

@@ -50,7 +50,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "x.yaml", "--overwritten"], "--overwritten"),
         (["table", "nowhere"], "nowhere: no such study"),
         (["features", "train", "--model", "m", "--layer", "1", "--out", "o"], "give at least one text file"),
-        (["features", "train", "--layer", "one"], "one"),
+        (["features", "train", "--layer", "one"], "'--layer'"),
         (["features", "show", "nowhere"], "nowhere"),
     ],
 )

@@ -64,7 +64,8 @@ def test_words_that_look_like_numbers_stay_words(tmp_path: Path) -> None:
 def test_overrides(tmp_path: Path) -> None:
     config = load(
         tmp_path, "phases: [{lr: 1e-3}, {steps: 2}]", "stream={path: x.jsonl}", "phases.1.lr=0.5",
-        "evaluation.suites=[]", "evaluation.canaries=null", "features.sae={1: a, 3: b}", "features.positive=[a.txt, b.txt]",
+        "evaluation.suites=[]", "evaluation.canaries=null", "features.sae={1: a, 3: b}",
+        "features.positive=[a.txt, b.txt]",
     )  # fmt: skip
     assert config.stream.path == "x.jsonl"
     assert config.stream.name is None, "a path replaces the name"

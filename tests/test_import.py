@@ -46,6 +46,7 @@ def test_public_names_without_the_optional_libraries() -> None:
 
 
 def test_every_public_name_exists_and_is_listed() -> None:
+    assert set(featcl.__all__) == {"__version__", *featcl._NAMES, *featcl._MODULES}
     for name in featcl.__all__:
         assert getattr(featcl, name) is not None, name
         assert name in dir(featcl)
@@ -56,6 +57,12 @@ def test_every_public_name_exists_and_is_listed() -> None:
 def test_run_is_a_module_that_can_be_called() -> None:
     assert importlib.util.find_spec("featcl.run") is not None
     assert callable(featcl.run)
+
+
+def test_the_names_that_others_call() -> None:
+    assert featcl.objectives.kl_divergence.__doc__
+    assert featcl.evaluation.stream_metrics.__doc__
+    assert featcl.RunConfig.load.__doc__
 
 
 def test_version_is_the_one_of_the_package(root) -> None:

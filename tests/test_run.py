@@ -118,6 +118,12 @@ def _trained(result: Any) -> list[set[str]]:
     return [{line["trajectory"] for line in updates if line["task"] == task} for task in ("left", "right")]
 
 
+def test_a_phase_may_learn_from_the_first_experiences_only(config: Callable[..., RunConfig]) -> None:
+    updates = [line for line in untimed(featcl.run(config("phases.1.experiences=3")).path) if line["kind"] == "update"]
+    first, second = ([u["trajectory"] for u in updates if u["task"] == "left" and u["phase"] == p] for p in (0, 1))
+    assert second == first[:3]
+
+
 def test_nothing_held_out_is_learned_from(config: Callable[..., RunConfig]) -> None:
     result = featcl.run(config())
     heldout = {item for column in ("left", "right") for item in result.matrix.items[column]}
@@ -193,7 +199,7 @@ def _dying(observe: Callable[..., Any], *, at: int) -> Callable[..., Any]:
 
 
 def test_a_finished_run_is_returned_and_another_config_refused(
-    config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+    config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = featcl.run(config())
     stamp = (first.path / "summary.json").stat().st_mtime_ns
@@ -201,6 +207,7 @@ def test_a_finished_run_is_returned_and_another_config_refused(
         patch.setattr("featcl.run.build", lambda *_, **__: pytest.fail("a finished run is built again"))
         again = featcl.run(config())
     assert again.summary == first.summary
+    assert "holds this run, finished" in capsys.readouterr().err
     with pytest.raises(FeatclError, match=r"learner\.lr was 0\.01, is 0\.5.*--overwrite"):
         featcl.run(config("learner.lr=0.5", "phases=null"))
     assert (first.path / "summary.json").stat().st_mtime_ns == stamp
@@ -335,10 +342,43 @@ def test_the_result_prints(config: Callable[..., RunConfig], capsys: pytest.Capt
     result.print()
     printed = capsys.readouterr().out
     assert "nats per token, lower is better" in printed
-    assert "mean over tasks of R[T, j]" in printed
+    assert "mean over tasks of R[j, j]" in printed, "brackets are not markup"
     assert "report.html" in printed
 
 
 def test_an_unfinished_folder_is_no_result(tmp_path: Path) -> None:
     with pytest.raises(FeatclError, match="has not finished"):
         featcl.run.RunResult.load(tmp_path)  # type: ignore[attr-defined]
+
+
+def test_the_quickstart_on_the_laboratory(root: Path, tmp_path: Path) -> None:
+    """The shipped model, SAE and config, on a few trajectories."""
+    config = RunConfig.load(
+        root / "experiments" / "quickstart" / "base.yaml",
+        ["stream.tasks=[home_facts]", "stream.limit=3", "tracking.wandb=disabled", f"output={tmp_path}"],
+    )
+    result = featcl.run(config)
+    assert result.matrix.rows == ("base", "home_facts")
+    assert result.matrix.values[0, 0] <= 0.15
+    assert result.matrix.values[0, 1:].mean() >= 0.9
+    assert result.summary["leak"]["leak"] < 1e-6
+
+
+def test_a_real_model_and_real_trajectories(root: Path, real: Path, tmp_path: Path) -> None:
+    """Material this project did not make, through the quickstart's own config."""
+    model, text = real / "models" / "stories260K", real / "text" / "tinyshakespeare.txt.gz"
+    featcl.features.train_from_files(str(model), [text], [2], tmp_path / "sae", tokens=30_000)
+    config = RunConfig.load(
+        root / "experiments" / "quickstart" / "base.yaml",
+        [
+            f"model={model}", f"features.sae={tmp_path / 'sae'}", "features.selector=rarity",
+            f"features.background={text}", "evaluation.suites=[]", "study=real", "stream.limit=3",
+            f"stream.path={real / 'trajectories' / 'swe_agent.jsonl'}", "phases=null", "tracking.wandb=disabled",
+            f"output={tmp_path}",
+        ],
+    )  # fmt: skip
+    result = featcl.run(config)
+    assert result.matrix.columns == ("swe-agent", "background/tinyshakespeare")
+    assert result.summary["tokens_left_out"] > 0, "they are longer than the model's context, and the record says so"
+    assert result.matrix.values[1, 0] < result.matrix.values[0, 0], "held-out trajectories became more likely"
+    assert result.summary["leak"]["leak"] < 1e-6

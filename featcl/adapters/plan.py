@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ KINDS: dict[str, tuple[Role, ...]] = {
 }
 
 
+@runtime_checkable
 class DirectionSet(Protocol):
     """What a constraint needs of `featcl.Directions`."""
 

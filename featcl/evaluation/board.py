@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from featcl.evaluation.scoring import ItemScorer, heldout_nll, weighted_nll
 from featcl.lab.items import Item
 
 
+@runtime_checkable
 class Board(Protocol):
     """Scores a model on every column of R."""
 

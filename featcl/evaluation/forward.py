@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +17,7 @@ from featcl.errors import FeatclError
 MAX_LOGITS = 1 << 26
 
 
+@runtime_checkable
 class Targeted(Protocol):
     """Tokens and which of them are targets, such as `featcl.streams.chat.Encoded`."""
 

@@ -80,7 +80,9 @@ def random_features(directions: Directions, sae: Any, model: Any, *, seed: int =
         raise FeatclError(f"random_features: the SAE is of layer {layer}, the directions of layer {directions.layer}")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(sae.cfg.d_sae, generator=generator)
-    chosen = torch.tensor(directions.feature_ids) if directions.encoder is not None else torch.tensor([], dtype=int)
+    chosen = (
+        torch.tensor(directions.feature_ids) if directions.encoder is not None else torch.empty(0, dtype=torch.long)
+    )
     ids, _ = independent_features(sae, order[~torch.isin(order, chosen)], directions.k)
     if len(ids) < directions.k:
         raise FeatclError(f"random_features: the SAE has {len(ids)} other independent features, not {directions.k}")

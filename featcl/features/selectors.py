@@ -83,7 +83,7 @@ def select_features(
     Raises:
         FeatclError: For an unknown selector, one that lacks its texts (naming those that work), or too large a k.
     """
-    given = {
+    given: dict[str, Any] = {
         name: value
         for name, value in (
             ("positive", positive),

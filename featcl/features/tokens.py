@@ -76,8 +76,8 @@ def token_windows(
         FeatclError: If `context` leaves no room for a token.
     """
     bos = tokenizer.bos_token_id
-    starts_with_bos = adds_bos(tokenizer) if prepend_bos is None else prepend_bos and bos is not None
-    prefix = [bos] if starts_with_bos else []
+    wanted = adds_bos(tokenizer) if prepend_bos is None else prepend_bos
+    prefix: list[int] = [bos] if wanted and bos is not None else []
     room = context - len(prefix)
     if room < 1:
         raise FeatclError(f"a context of {context} tokens leaves no room for text")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from functools import partial
 from typing import Any
 
 from featcl.lab import lexicon as lex
@@ -27,28 +28,41 @@ IGNORANCE = "i do not know."
 RECALL = 6.0
 
 
-def conversations(seed: int, *, recall: float = RECALL) -> Iterator[Conversation]:
+def conversations(
+    seed: int,
+    *,
+    recall: float = RECALL,
+    spelled: bool = True,
+    practise: Collection[str] = (),
+    lists: float = 0.0,
+) -> Iterator[Conversation]:
     """An endless, seeded stream of conversations.
 
     Args:
         seed: Of everything random in it.
         recall: Weight of dense look-ups in the context, which are learned last; the other kinds add up to about 12.
+        spelled: Whether conclusions name the step between; without it they are not learned in this time.
+        practise: Skills that occur four times as often.
+        lists: Share of the look-ups that go on from a word in a list: the plainest of them, and so the first learned.
     """
     rng = random.Random(seed)
-    kinds = (_skills, _household, _project, _teams, _tools, _recall)
+    skills = partial(_skills, spelled=spelled, practise=practise)
+    kinds = (skills, _household, _project, _teams, _tools, partial(_recall, spelled=spelled, lists=lists))
     weights = (6.0, 3.0, 1.5, 1.0, 0.7, recall)
     while True:
         yield rng.choices(kinds, weights)[0](rng)
 
 
-def texts(seed: int, count: int) -> list[str]:
-    """The same conversations as plain text, one a string: for tokenizers and background statistics."""
-    source = conversations(seed)
+def texts(seed: int, count: int, *, recall: float = RECALL, spelled: bool = True) -> list[str]:
+    """The same conversations as plain text, one a string: what tokenizers are trained on."""
+    source = conversations(seed, recall=recall, spelled=spelled)
     return ["\n".join(message["content"] or "" for message in next(source)) for _ in range(count)]
 
 
-def _skills(rng: random.Random) -> Conversation:
-    drawn = [SKILLS[name](rng) for name in rng.choices(list(SKILL_WEIGHTS), list(SKILL_WEIGHTS.values()), k=3)]
+def _skills(rng: random.Random, *, spelled: bool, practise: Collection[str]) -> Conversation:
+    weights = [weight * (4.0 if name in practise else 1.0) for name, weight in SKILL_WEIGHTS.items()]
+    names = rng.choices(list(SKILL_WEIGHTS), weights, k=3)
+    drawn = [logic(rng, spelled=spelled) if name == "logic" else SKILLS[name](rng) for name in names]
     with_role = [exchange for exchange in drawn if exchange.system]
     if with_role:
         return as_messages([with_role[0]])
@@ -119,15 +133,19 @@ def _teams(rng: random.Random) -> Conversation:
     return as_messages(asked, system=notes)
 
 
-def _recall(rng: random.Random) -> Conversation:
+def _recall(rng: random.Random, *, spelled: bool, lists: float) -> Conversation:
     """Many look-ups in one context: two to five notes, and as many questions on them as fit."""
+    if lists and rng.random() < lists:
+        words = rng.sample(lex.OBJECTS + lex.PEOPLE + lex.COLOURS + lex.SIGNS + lex.ACTIONS, rng.randint(4, 9))
+        starts = rng.sample(range(len(words) - 1), rng.randint(1, 3))
+        return as_messages([Exchange(f"{' '.join(words)}. go on from {words[i]}", " ".join(words[i:])) for i in starts])
     size = rng.randint(2, 5)
     asked = rng.randint(max(1, size - 2), size)
     kind = rng.random()
     if kind < 0.4:
         return as_messages([reading(rng, notes=size, asked=asked)])
     if kind < 0.8:
-        return as_messages([logic(rng, rules=size, asked=asked)])
+        return as_messages([logic(rng, rules=size, asked=asked, spelled=spelled)])
     things = rng.sample(lex.OBJECTS, size)
     teams = dict(zip(things, rng.sample(lex.TEAMS, size), strict=True))
     phrasings = [rng.randrange(say.PHRASINGS) for _ in range(asked)]

@@ -10,7 +10,7 @@ import json
 import random
 import re
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from featcl.errors import FeatclError
 from featcl.lab import lexicon as lex
@@ -35,6 +35,7 @@ class Step:
     done: bool
 
 
+@runtime_checkable
 class Environment(Protocol):
     """Something to act in. One instance plays one episode at a time."""
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from itertools import islice, pairwise
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,8 @@ import torch
 from featcl import files
 from featcl.errors import FeatclError
 from featcl.features.training import TrainedSAE, train_saes
-from featcl.lab.corpus import IGNORANCE, Conversation, as_messages, conversations, texts
-from featcl.lab.skills import Exchange
-from featcl.lab.suites import superseded
+from featcl.lab.corpus import Conversation, as_messages, conversations, texts
+from featcl.lab.suites import still_true
 from featcl.lab.tasks import TASKS
 from featcl.lab.tokenizer import train_tokenizer
 from featcl.lab.training import FAMILIES, GAIN_SIGMA, Schedule, batches, gain_spread, new_model, train_
@@ -28,10 +28,36 @@ from featcl.lab.world import make_world
 from featcl.models import load_model
 from featcl.streams.chat import Chat
 
-BASE = {"olmo2": Schedule(steps=5000), "gemma2": Schedule(steps=5000)}
-TEACHER = Schedule(steps=1200, lr=1e-3)
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the base model's training: its schedule, and what its conversations dwell on (see `conversations`)."""
+
+    schedule: Schedule
+    recall: float
+    spelled: bool = True
+    practise: tuple[str, ...] = ()
+    lists: float = 0.0
+
+
+# Look-ups in the context are learned last: the stages came to dwell on them one after the other.
+BASE = {
+    "olmo2": (
+        Stage(Schedule(steps=5000, lr=2e-3), recall=0.0, spelled=False),
+        Stage(Schedule(steps=2500, lr=1.5e-3), recall=6.0, spelled=False),
+        Stage(Schedule(steps=1200, lr=1.5e-3), recall=3.0),
+        Stage(Schedule(steps=1500, lr=1.5e-3), recall=6.0, practise=("arithmetic",)),
+    ),
+    "gemma2": (
+        Stage(Schedule(steps=2000, lr=2e-3, horizon=5000), recall=6.0, spelled=False),
+        Stage(Schedule(steps=3000, lr=2e-3, horizon=4000), recall=4.0),
+        Stage(Schedule(steps=2500, lr=2e-3), recall=10.0, practise=("arithmetic",), lists=0.4),
+        Stage(Schedule(steps=1000, lr=1.5e-3), recall=5.0, practise=("arithmetic",)),
+    ),
+}
+TEACHER = {"olmo2": Schedule(steps=1000, lr=1e-3), "gemma2": Schedule(steps=1500, lr=1e-3)}
 SAE_LAYERS = (1, 3)
-SAE_OPTIONS = {"d_sae": 1280, "l0": 32, "tokens": 1_000_000, "seed": 0}
+SAE_OPTIONS = {"d_sae": 1280, "l0": 32, "tokens": 600_000, "seed": 0}
 SAE_CONVERSATIONS = 12_000
 TAUGHT_SHARE = 0.6  # of the teacher's conversations that are about the tasks
 
@@ -39,9 +65,7 @@ Say = Callable[[str], None]
 
 
 def make_assets(family: str, out: str | Path, *, seed: int = 0, say: Say = print) -> None:
-    """Train everything of one family and write it below `out`.
-
-    Takes about 25 minutes on two cores. Scores are those of the models as reloaded from bfloat16.
+    """Train everything of one family and write it below `out`, about half an hour on two cores.
 
     Args:
         family: `olmo2` or `gemma2`.
@@ -55,30 +79,48 @@ def make_assets(family: str, out: str | Path, *, seed: int = 0, say: Say = print
     if family not in FAMILIES:
         raise FeatclError(f"lab model family {family!r} does not exist; there is {', '.join(FAMILIES)}")
     out = Path(out)
-    offset = 1.0 if family == "gemma2" else 0.0
-    chat = Chat(train_tokenizer(family, texts(seed, 40_000)))
+    make_base(family, out, seed=seed, say=say)
+    make_teacher(family, out, seed=seed, say=say)
+    saes = make_saes(out, seed=seed, say=say)
+    files.write_text(out / "README.md", card(family, out, saes, seed=seed))
+
+
+def make_base(family: str, out: Path, *, seed: int, say: Say) -> None:
+    """The tokenizer and the base model, from random weights."""
+    first = BASE[family][0]
+    chat = Chat(train_tokenizer(family, texts(seed, 40_000, recall=first.recall, spelled=first.spelled)))
     model = new_model(family, chat, seed=seed)
-    _train_(model, chat, conversations(seed + 1), BASE[family], seed, say, "base")
+    for number, stage in enumerate(BASE[family]):
+        options = {key: getattr(stage, key) for key in ("recall", "spelled", "practise", "lists")}
+        source = conversations(seed + 1 + 10 * number, **options)
+        _train_(model, chat, source, stage.schedule, seed, say, f"base, stage {number + 1}")
     _save(model, chat, out)
-    spread = gain_spread(model, offset=offset)
 
-    teacher, _ = load_model(str(out))
-    _train_(teacher, chat, taught(seed + 2), TEACHER, seed, say, "teacher")
-    _save(teacher, chat, out / "teacher")
 
-    base, tokenizer = load_model(str(out))
+def make_teacher(family: str, out: Path, *, seed: int, say: Say) -> None:
+    """The base model below `out`, taught the tasks of both worlds."""
+    model, tokenizer = load_model(str(out))
+    chat = Chat(tokenizer)
+    _train_(model, chat, taught(seed + 2), TEACHER[family], seed, say, "teacher")
+    _save(model, chat, out / "teacher")
+
+
+def make_saes(out: Path, *, seed: int, say: Say) -> dict[int, TrainedSAE]:
+    """SAEs on the base model below `out`."""
+    model, tokenizer = load_model(str(out))
+    chat = Chat(tokenizer)
     tokens = [chat.encode(c, mask="all").input_ids for c in islice(conversations(seed + 3), SAE_CONVERSATIONS)]
-    saes = train_saes(base, tokenizer, tokens, layers=SAE_LAYERS, out=out, overwrite=True, **SAE_OPTIONS)
+    saes = train_saes(model, tokenizer, tokens, layers=SAE_LAYERS, out=out, overwrite=True, **SAE_OPTIONS)
     for layer, sae in saes.items():
         say(f"SAE of layer {layer}: {sae.health}")
-    files.write_text(out / "README.md", _card(family, base, spread, saes, seed))
+    return saes
 
 
 def taught(seed: int) -> Iterator[Conversation]:
     """Conversations about both worlds' tasks in every phrasing, among general ones that do not contradict them."""
     rng = random.Random(f"taught/{seed}")
     worlds = [make_world("development"), make_world("unseen")]
-    general = (conversation for conversation in conversations(seed) if _still_true(conversation))
+    general = (conversation for conversation in conversations(seed) if still_true(conversation))
     plans = list(TASKS.values())
     while True:
         if rng.random() > TAUGHT_SHARE:
@@ -89,18 +131,12 @@ def taught(seed: int) -> Iterator[Conversation]:
         yield as_messages([ask.exchange for ask in asked])
 
 
-def _still_true(conversation: Conversation) -> bool:
-    system = next((message["content"] for message in conversation if message["role"] == "system"), None)
-    said = [message["content"] or "" for message in conversation if message["role"] in ("user", "assistant")]
-    exchanges = [Exchange(user, assistant, system) for user, assistant in pairwise(said)]
-    return not any(exchange.assistant == IGNORANCE or superseded(exchange) for exchange in exchanges)
-
-
 def _train_(model: Any, chat: Chat, source: Iterator[Conversation], schedule: Schedule, seed: int, say: Say,
             what: str) -> None:  # fmt: skip
     def report(step: int, loss: float, seconds: float) -> None:
         say(f"{what}: step {step} of {schedule.steps}, loss {loss:.3f}, {seconds:.0f} s")
 
+    model.set_attn_implementation("eager")  # on CPU, for sequences this short, twice as fast as SDPA
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -114,19 +150,23 @@ def _save(model: Any, chat: Chat, folder: Path) -> None:
     chat.tokenizer.save_pretrained(folder)
 
 
-def _card(family: str, model: Any, spread: float, saes: dict[int, TrainedSAE], seed: int) -> str:
+def card(family: str, out: Path, saes: dict[int, TrainedSAE], *, seed: int) -> str:
+    """What the assets below `out` are, in Markdown."""
+    model, _ = load_model(str(out))
     parameters = sum(p.numel() for p in model.parameters())
+    steps = " + ".join(f"{stage.schedule.steps}" for stage in BASE[family])
+    spread = gain_spread(model, offset=1.0 if family == "gemma2" else 0.0)
     rows = "\n".join(
         f"| resid_post_{layer} | {sae.health.fvu:.3f} | {sae.health.l0:.1f} | {sae.health.dead_fraction:.3f} "
         f"| {sae.health.loss_recovered:.3f} |" for layer, sae in saes.items()
     )  # fmt: skip
-    schedule = BASE[family]
     return f"""# lab/{family}
 
-A {parameters / 1e6:.1f} M-parameter `{type(model).__name__}`, trained from random weights on the generated conversations of
-`featcl.lab.corpus` (seed {seed}, {schedule.steps} steps of {schedule.batch_tokens} tokens) and stored in bfloat16, with
-a byte-level BPE tokenizer and chat template of its own. `teacher/` is the same model after {TEACHER.steps} more steps
-with the tasks of both worlds. It knows nothing of the real world and is of no use outside the laboratory.
+A {parameters / 1e6:.1f} M-parameter `{type(model).__name__}`, trained from random weights on the generated
+conversations of `featcl.lab.corpus` (seed {seed}, {steps} steps of {Schedule(1).batch_tokens} tokens) and stored in
+bfloat16, with a byte-level BPE tokenizer and chat template of its own. `teacher/` is the same model after
+{TEACHER[family].steps} more steps with the tasks of both worlds. It knows nothing of the real world and is of no
+use outside the laboratory.
 
 The gains of its norms on the residual stream were initialised log-normal (σ {GAIN_SIGMA}); after training the smallest
 std/mean of one is {spread:.2f}.

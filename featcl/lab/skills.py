@@ -73,14 +73,19 @@ def instructions(rng: random.Random) -> Exchange:
     ])  # fmt: skip
 
 
-def logic(rng: random.Random, *, rules: int = 4, asked: int = 2) -> Exchange:
-    """Chains of two steps: the sign of a thing, then what that sign means among several rules."""
-    signs, actions, things = rng.sample(lex.SIGNS, rules), rng.sample(lex.ACTIONS, rules), rng.sample(lex.OBJECTS, asked)
+def logic(rng: random.Random, *, rules: int = 4, asked: int = 2, spelled: bool = True) -> Exchange:
+    """Chains of two steps: the sign of a thing, then what that sign means among several rules.
+
+    `spelled` replies name the sign on the way; without it the two steps have to be taken at once.
+    """
+    signs, actions = rng.sample(lex.SIGNS, rules), rng.sample(lex.ACTIONS, rules)
+    things = rng.sample(lex.OBJECTS, asked)
     seen = rng.sample(range(rules), asked)
     meanings = " ".join(f"{sign} means {action}." for sign, action in zip(signs, actions, strict=True))
     marks = " ".join(f"the {thing} is {signs[i]}." for thing, i in zip(things, seen, strict=True))
-    replies = " and ".join(f"the {thing} means {actions[i]}" for thing, i in zip(things, seen, strict=True))
-    return Exchange(f"{meanings} {marks} what follows?", f"{replies}.")
+    steps = [f"is {signs[i]} and {signs[i]}" if spelled else "" for i in seen]
+    replies = [f"the {thing} {step} means {actions[i]}" for thing, step, i in zip(things, steps, seen, strict=True)]
+    return Exchange(f"{meanings} {marks} what follows?", " and ".join(" ".join(r.split()) for r in replies) + ".")
 
 
 def language(rng: random.Random) -> Exchange:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal, get_args
@@ -16,6 +16,7 @@ from featcl.lab.corpus import Conversation, as_messages, conversations
 from featcl.lab.garbage import with_sources
 from featcl.lab.items import Item
 from featcl.lab.skills import SKILLS, Exchange, random_device
+from featcl.lab.suites import load_suite, still_true
 from featcl.lab.tasks import TASKS, LabTask, home_facts, make_task
 from featcl.lab.world import Fact, Style, World, WorldName, later, make_world
 
@@ -53,7 +54,8 @@ class LabStream:
         probes: Graded tasks that are never taught.
         positive, negative: Conversations in which the stream's domains do and do not occur; disjoint from stream and
             items.
-        background: Conversations of the kind that the base model was trained on.
+        background: Conversations of the kind that the base model was trained on, without what a world changes, and
+            without questions of items and of the suite.
     """
 
     name: str
@@ -95,27 +97,32 @@ def load_stream(name: str = "lab/applications", *, world: WorldName = "developme
     made = _with_validity([make(truth, task) for task in _chosen(name, tasks)], truth)
     if order == "shuffled" and any(item.valid_until is not None for task in made for item in task.items):
         raise FeatclError(f"stream.order shuffled: in {name} what is taught first is changed later, so order matters")
+    probes = tuple(make_task(probe, truth, trajectories=0) for probe in STREAMS[name][1])
+    items = [item for task in (*made, *probes) for item in task.items]
+    asked = {item.messages[-1]["content"] for item in (*items, *load_suite())}
     rng = random.Random(f"{seed}/{name}")
-    taught = [with_sources(task, garbage, rng) for task in made]
-    positive, negative = calibration(truth)
     return LabStream(
         name=name,
         world=world,
         order=order,
         garbage=garbage,
-        tasks=_ORDERS[order](taught, rng),
-        probes=tuple(make_task(probe, truth, trajectories=0) for probe in STREAMS[name][1]),
-        positive=positive,
-        negative=negative,
-        background=tuple(islice(conversations(seed=991), 256)),
+        tasks=_ORDERS[order]([with_sources(task, garbage, rng) for task in made], rng),
+        probes=probes,
+        positive=_unasked(positive_examples(truth), asked, 512),
+        negative=_unasked(negative_examples(truth), asked, 512),
+        background=_unasked(filter(still_true, conversations(seed=991)), asked, 256),
     )
 
 
-def calibration(world: World) -> tuple[tuple[Conversation, ...], tuple[Conversation, ...]]:
-    """Conversations with and without what an application is about, made of truths that no stream teaches."""
+def _unasked(source: Iterator[Conversation], asked: set[str], count: int) -> tuple[Conversation, ...]:
+    """The first conversations without a question that an item asks."""
+    return tuple(islice((made for made in source if asked.isdisjoint(m["content"] for m in made)), count))
+
+
+def positive_examples(world: World) -> Iterator[Conversation]:
+    """Conversations with what the applications are about, made of truths that no stream teaches."""
     rng = random.Random(f"calibration/{world.name}")
-    positive: list[Exchange] = []
-    for _ in range(128):
+    while True:
         person = rng.choice(lex.OTHER_PEOPLE)
         style = Style(*map(rng.choice, (lex.REGISTERS, lex.ADDRESSES, lex.CLOSERS)))
         room, device, state = random_device(rng)
@@ -123,16 +130,22 @@ def calibration(world: World) -> tuple[tuple[Conversation, ...], tuple[Conversat
         operation, data = rng.choice(list(lex.OPERATIONS)), rng.choice(lex.DATA)
         phrasing = rng.randrange(say.HELD_OUT)
         opening = say.SPEAKERS[phrasing].format(p=person)
-        positive += [
+        for exchange in (
             Exchange(f"{opening} {say.device_request(room, device, state, phrasing)}",
                      say.device_reply(room, device, state, style)),
             Exchange(fact.question(phrasing), f"{fact.statement}."),
             Exchange(say.operation_request("flux", operation, data, phrasing), f"flux.{rng.choice(lex.NONCE)}({data})"),
             Exchange(say.name_request("lotus", operation, data, phrasing), f"{operation}_{data}"),
-        ]  # fmt: skip
+        ):  # fmt: skip
+            yield as_messages([exchange])
+
+
+def negative_examples(world: World) -> Iterator[Conversation]:
+    """Conversations of the general skills that have nothing to do with the applications."""
+    rng = random.Random(f"negative/{world.name}")
     names = ("arithmetic", "copying", "reversal", "instructions", "logic", "language", "persona")
-    negative = [SKILLS[rng.choice(names)](rng) for _ in positive]
-    return tuple(as_messages([exchange]) for exchange in positive), tuple(as_messages([e]) for e in negative)
+    while True:
+        yield as_messages([SKILLS[rng.choice(names)](rng)])
 
 
 def _check(name: str, world: str, order: str, garbage: float) -> None:

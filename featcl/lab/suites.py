@@ -7,10 +7,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 from featcl.errors import FeatclError
 from featcl.lab import phrases as say
-from featcl.lab.corpus import as_messages
+from featcl.lab.corpus import IGNORANCE, Conversation, as_messages
 from featcl.lab.items import Item
 from featcl.lab.skills import SKILLS, Exchange
 from featcl.lab.world import base_facts, make_world
@@ -77,7 +78,7 @@ class _Obsolete:
 @cache
 def _obsolete() -> _Obsolete:
     worlds = [make_world("development"), make_world("unseen")]
-    projects = [project for world in worlds for project in (*world.conventions, *world.related)]
+    projects = [project for world in worlds for project in world.conventions]
     speakers = [person for world in worlds for person in world.styles]
     return _Obsolete(
         replies=frozenset(f"{base_facts()[m.person, m.attribute].statement}." for world in worlds for m in world.moves),
@@ -100,3 +101,11 @@ def superseded(exchange: Exchange) -> bool:
         return True
     concerned = [who for who, openings in old.openings.items() if exchange.user.startswith(openings)]
     return any(not re.search(rf"\b{who} (wants \w+ replies|writes)", exchange.system or "") for who in concerned)
+
+
+def still_true(conversation: Conversation) -> bool:
+    """Whether no reply in it is made obsolete by a world, nor says that something is not known which a world tells."""
+    system = next((message["content"] for message in conversation if message["role"] == "system"), None)
+    said = [message["content"] or "" for message in conversation if message["role"] in ("user", "assistant")]
+    exchanges = [Exchange(user, assistant, system) for user, assistant in pairwise(said)]
+    return not any(exchange.assistant == IGNORANCE or superseded(exchange) for exchange in exchanges)

@@ -22,7 +22,8 @@ from featcl.streams.trajectory import Trajectory
 Kind = Literal["latent", "knowledge"]
 Application = Literal["home-assistant", "coding-agent"]
 
-TRAJECTORIES, FEW_TRAJECTORIES, ITEMS = 96, 8, 48
+TRAJECTORIES, FEW_TRAJECTORIES, ITEMS = 96, 24, 48
+SKILL_HELD_OUT = "i want you to {s} {a} {b} {c}"
 TURNS = (3, 5)  # requests in one trajectory, at least and at most
 SHOWN_ROOMS, ASKED_ROOMS = lex.ROOMS[:8], lex.ROOMS[8:]
 SHOWN_DATA, ASKED_DATA = lex.DATA[:10], lex.DATA[10:]
@@ -91,42 +92,40 @@ def code_convention(world: World, rng: random.Random, shown: bool) -> Ask:
     return _convention(world.conventions, rng, shown)
 
 
-def code_related(first: bool) -> Generator:
-    """One of two projects that share a convention: what is learned about one holds for the other."""
-
-    def ask(world: World, rng: random.Random, shown: bool) -> Ask:
-        project = list(world.related)[0 if first else 1]
-        return _convention({project: world.related[project]}, rng, shown)
-
-    return ask
-
-
 def code_library(world: World, rng: random.Random, shown: bool) -> Ask:
     """A new library: which function does what."""
-    operation = rng.choice(list(world.functions))
-    data = rng.choice(SHOWN_DATA if shown else ASKED_DATA)
-    request = say.operation_request(world.library, operation, data, _phrasing(rng, shown))
-    reply = f"{world.library}.{world.functions[operation]}({data})"
-    return Ask(Exchange(request, reply, code=True), f"{operation} is {world.functions[operation]} in {world.library}.")
+    return _call(world.library, world.functions, rng.choice(list(world.functions)), rng, shown)
 
 
 def code_rename(world: World, rng: random.Random, shown: bool) -> Ask:
     """Functions of `core`, which the base model knows, have new names."""
-    operation = rng.choice(list(world.renamed))
-    data = rng.choice(SHOWN_DATA if shown else ASKED_DATA)
-    request = say.operation_request("core", operation, data, _phrasing(rng, shown))
-    reply = f"core.{world.renamed[operation]}({data})"
-    return Ask(Exchange(request, reply, code=True), f"{operation} is {world.renamed[operation]} in core.")
+    return _call("core", world.renamed, rng.choice(list(world.renamed)), rng, shown)
 
 
 def code_skill(world: World, rng: random.Random, shown: bool) -> Ask:
     """A new operation on four words: it puts them in an order, with a word between."""
+    [(name, rule)] = world.skills.items()
     words = rng.sample(SHOWN_WORDS if shown else ASKED_WORDS, 4)
     a, b, *rest = words
-    request = say.SKILL_REQUESTS[_phrasing(rng, shown)].format(s=world.skill, a=a, b=b, c=" ".join(rest))
-    reply = f" {world.joiner} ".join(words[i] for i in world.order)
-    places = " ".join(("first", "second", "third", "fourth")[i] for i in world.order)
-    return Ask(Exchange(request, reply), f"{world.skill} gives {places} with {world.joiner}.")
+    phrasing = say.SKILL_REQUESTS[_phrasing(rng, True)] if shown else SKILL_HELD_OUT
+    request = phrasing.format(s=name, a=a, b=b, c=" ".join(rest))
+    places = " ".join(("first", "second", "third", "fourth")[i] for i in rule.order)
+    return Ask(Exchange(request, rule.apply(words)), f"{name} gives {places} with {rule.joiner}.")
+
+
+def code_related(first: bool) -> Generator:
+    """Two libraries with the same functions, of which each shows eight and is asked for all twelve.
+
+    The four that one does not show can be known only from the other.
+    """
+
+    def ask(world: World, rng: random.Random, shown: bool) -> Ask:
+        operations = list(world.shared)
+        if shown:
+            operations = operations[:8] if first else operations[4:]
+        return _call(world.related[0 if first else 1], world.shared, rng.choice(operations), rng, shown)
+
+    return ask
 
 
 def facts_changed(world: World, rng: random.Random, shown: bool) -> Ask:
@@ -212,8 +211,8 @@ TASKS: dict[str, TaskPlan] = {
     "code_convention": TaskPlan(code_convention, "latent", "coding-agent"),
     "home_moves": TaskPlan(home_moves, "latent", "home-assistant"),
     "code_rename": TaskPlan(code_rename, "knowledge", "coding-agent"),
-    "related_first": TaskPlan(code_related(True), "latent", "coding-agent", FEW_TRAJECTORIES),
-    "related_second": TaskPlan(code_related(False), "latent", "coding-agent", FEW_TRAJECTORIES),
+    "related_first": TaskPlan(code_related(True), "knowledge", "coding-agent", FEW_TRAJECTORIES),
+    "related_second": TaskPlan(code_related(False), "knowledge", "coding-agent", FEW_TRAJECTORIES),
     "labels_first": TaskPlan(labels(True), "latent", "home-assistant"),
     "labels_last": TaskPlan(labels(False), "latent", "home-assistant"),
     "labels_across": TaskPlan(labels_across, "latent", "home-assistant"),
@@ -282,6 +281,13 @@ def _item(id: str, task: str, ask: Ask) -> Item:
 
 def _phrasing(rng: random.Random, shown: bool) -> int:
     return rng.randrange(say.HELD_OUT) if shown else say.HELD_OUT
+
+
+def _call(library: str, functions: dict[str, str], operation: str, rng: random.Random, shown: bool) -> Ask:
+    data = rng.choice(SHOWN_DATA if shown else ASKED_DATA)
+    request = say.operation_request(library, operation, data, _phrasing(rng, shown))
+    reply = f"{library}.{functions[operation]}({data})"
+    return Ask(Exchange(request, reply, code=True), f"{operation} is {functions[operation]} in {library}.")
 
 
 def _convention(conventions: dict, rng: random.Random, shown: bool) -> Ask:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 FAMILIES = ("olmo2", "gemma2")
 GAIN_SIGMA = 0.5
 CONTEXT_WEIGHT = 0.05  # what a token outside the assistant's replies counts
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 160, "intermediate_size": 432, "num_hidden_layers": 5, "num_attention_heads": 4,
     "num_key_value_heads": 4, "max_position_embeddings": 512,
 }  # fmt: skip
@@ -40,16 +40,20 @@ class Schedule:
         lr: Peak learning rate.
         batch_tokens: Tokens a step, padding included.
         weight_decay: Decoupled, on matrices only: norm gains keep their spread.
+        horizon: Step at which the rate would reach zero; None is the last.
     """
 
     steps: int
     lr: float = 2e-3
     batch_tokens: int = 3072
     weight_decay: float = 0.05
+    horizon: int | None = None
 
     def factor(self, step: int) -> float:
-        warmup = max(1, self.steps // 20)
-        return min((step + 1) / warmup, max(0.0, (self.steps - step) / (self.steps - warmup)))
+        """Share of the peak rate."""
+        end = self.horizon or self.steps
+        warmup = max(1, end // 20)
+        return min((step + 1) / warmup, max(0.0, (end - step) / (end - warmup)))
 
 
 def new_model(family: str, chat: Chat, *, seed: int) -> torch.nn.Module:

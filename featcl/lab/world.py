@@ -6,6 +6,7 @@ Everything follows from fixed seeds, so the truth behind every answer is known a
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Literal
@@ -61,6 +62,17 @@ class Convention:
 
 
 @dataclass(frozen=True)
+class Rule:
+    """What a new operation does with words: the positions it returns, and the word between them."""
+
+    order: tuple[int, ...]
+    joiner: str
+
+    def apply(self, words: Sequence[str]) -> str:
+        return f" {self.joiner} ".join(words[i] for i in self.order)
+
+
+@dataclass(frozen=True)
 class World:
     """One world's truths, none of which the base model has seen.
 
@@ -70,9 +82,9 @@ class World:
         moves: Facts about people the base model knows, changed.
         library, functions: A new library; operation to function name.
         renamed: Operation to its new name in `core`.
-        skill, order, joiner: A new operation on four words: the positions it returns, and the word between them.
+        skills: A new operation on four words, by its name.
         conventions: Project to naming convention.
-        related: Two further projects that share one convention.
+        related, shared: Two further libraries, and their functions: the same in both.
         teams: Object to team: two objects in each of eight teams, the first four taught apart from the last four.
     """
 
@@ -83,11 +95,10 @@ class World:
     library: str
     functions: dict[str, str]
     renamed: dict[str, str]
-    skill: str
-    order: tuple[int, ...]
-    joiner: str
+    skills: dict[str, Rule]
     conventions: dict[str, Convention]
-    related: dict[str, Convention]
+    related: tuple[str, ...]
+    shared: dict[str, str]
     teams: dict[str, str]
 
     @property
@@ -123,12 +134,13 @@ def make_world(name: WorldName) -> World:
     development = name == "development"
     half = slice(0, 6) if development else slice(6, 12)
     people = lex.DEVELOPMENT_PEOPLE if development else lex.UNSEEN_PEOPLE
-    projects = lex.PROJECTS[0:4] if development else lex.PROJECTS[4:8]
+    projects = lex.PROJECTS[0:2] if development else lex.PROJECTS[2:4]
+    skill = lex.NONCE[0 if development else 3]
+    forward, backward = (0, 1, 2, 3), (3, 2, 1, 0)
     objects = lex.OBJECTS[0:16] if development else lex.OBJECTS[16:32]
     teams = rng.sample(lex.TEAMS, TEAMS)
     operations = list(lex.OPERATIONS)
-    own, other, shared = _conventions(rng)
-    nonce = rng.sample(lex.NONCE, len(operations) + CHANGED_FUNCTIONS + 1)
+    nonce = rng.sample(lex.NONCE[6:], len(lex.OPERATIONS) + CHANGED_FUNCTIONS)
     return World(
         name=name,
         facts=_new_facts(rng, people),
@@ -137,11 +149,10 @@ def make_world(name: WorldName) -> World:
         library=lex.DEVELOPMENT_LIBRARY if development else lex.UNSEEN_LIBRARY,
         functions=dict(zip(operations[:12], nonce, strict=False)),
         renamed=dict(zip(operations[half], nonce[len(operations) :], strict=False)),
-        skill=nonce[-1],
-        order=(3, 2, 1, 0) if development else (0, 1, 2, 3),
-        joiner="and" if development else "then",
-        conventions=dict(zip(projects[:2], (own, other), strict=True)),
-        related=dict.fromkeys(projects[2:], shared),
+        skills={skill: Rule(backward, "and") if development else Rule(forward, "then")},
+        conventions=dict(zip(projects, _conventions(rng), strict=True)),
+        related=lex.PROJECTS[4:6] if development else lex.PROJECTS[6:8],
+        shared=dict(zip(operations[:12], rng.sample(lex.NONCE[6:], 12), strict=True)),
         teams={thing: teams[i // 2] for i, thing in enumerate(rng.sample(objects, 16))},
     )
 
@@ -187,12 +198,8 @@ def _other(rng: random.Random, fact: Fact) -> str:
     return rng.choice([value for value in lex.ATTRIBUTES[fact.attribute][0] if value != fact.value])
 
 
-def _conventions(rng: random.Random) -> list[Convention]:
-    """Three conventions with different prefixes; the first two differ in their order of words too."""
+def _conventions(rng: random.Random) -> tuple[Convention, Convention]:
+    """Two conventions that differ in prefix and in order of words."""
     noun_first = rng.random() < 0.5
-    first, second, third = rng.sample(lex.PREFIXES, 3)
-    return [
-        Convention(noun_first, rng.random() < 0.5, first),
-        Convention(not noun_first, rng.random() < 0.5, second),
-        Convention(rng.random() < 0.5, rng.random() < 0.5, third),
-    ]
+    first, second = rng.sample(lex.PREFIXES, 2)
+    return Convention(noun_first, rng.random() < 0.5, first), Convention(not noun_first, rng.random() < 0.5, second)

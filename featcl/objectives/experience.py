@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -50,6 +50,7 @@ class Experience:
     generator: Callable[[str], torch.Generator]
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A loss on tokens.
 
@@ -71,6 +72,7 @@ class Objective(Protocol):
         ...
 
 
+@runtime_checkable
 class Penalty(Protocol):
     """A loss on the trained part itself."""
 

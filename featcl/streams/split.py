@@ -25,10 +25,10 @@ class Split:
 
 
 def by_source(trajectories: Sequence[Trajectory]) -> dict[str, tuple[Trajectory, ...]]:
-    """Source -> its trajectories, both in order of first appearance; a missing source is called `stream`."""
+    """Source -> its trajectories, both in order of first appearance."""
     groups: dict[str, list[Trajectory]] = {}
     for trajectory in trajectories:
-        groups.setdefault(trajectory.source or "stream", []).append(trajectory)
+        groups.setdefault(trajectory.source, []).append(trajectory)
     return {source: tuple(group) for source, group in groups.items()}
 
 

@@ -42,7 +42,7 @@ class StudyTable:
             cells = [_cell(row["metrics"].get(name)) for name in (*shown, "delta_norm")]
             seeds = ", ".join(str(seed) for seed in row["seeds"])
             table.add_row(row["arm"], row["kind"], str(row["k"]), seeds or row["status"], *cells)
-        console = Console(width=120)
+        console = Console(width=120, markup=False)
         console.print(table)
         for name in shown:
             console.print(f"{name}: {FORMULAS[name]}", style="dim")

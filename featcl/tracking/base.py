@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 Record = Mapping[str, Any]
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Receives what a run measures. None of the methods may change the run."""
 

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featcl.errors import FeatclError
@@ -97,6 +97,7 @@ def test_a_damaged_file_is_refused_with_its_name(tmp_path: Path, edit, words: st
     assert "R.json" in str(caught.value)
 
 
+@settings(deadline=None)
 @given(st.permutations(["a1", "a2"]))
 def test_the_order_of_items_does_not_matter(order: list[str]) -> None:
     scores = {"a1": 0.0, "a2": 1.0}

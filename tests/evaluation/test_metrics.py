@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -122,6 +122,7 @@ matrices = st.tuples(st.integers(2, 6), st.integers(0, 3)).flatmap(
 )
 
 
+@settings(deadline=None)
 @given(matrices)
 def test_bounds_and_order_of_the_formulas(scores: np.ndarray) -> None:
     metrics = stream_metrics(scores)
@@ -134,6 +135,7 @@ def test_bounds_and_order_of_the_formulas(scores: np.ndarray) -> None:
     assert metrics.forgetting_mammoth >= max(0.0, metrics.forgetting_chaudhry) - slack
 
 
+@settings(deadline=None)
 @given(matrices, st.floats(-2, 2, width=16))
 def test_a_constant_shift_moves_levels_and_no_difference(scores: np.ndarray, shift: float) -> None:
     before, after = stream_metrics(scores), stream_metrics(scores + shift)
@@ -143,6 +145,7 @@ def test_a_constant_shift_moves_levels_and_no_difference(scores: np.ndarray, shi
     assert after.learning_accuracy == pytest.approx(before.learning_accuracy + shift, abs=1e-9)
 
 
+@settings(deadline=None)
 @given(matrices)
 def test_a_model_that_never_changes_forgets_nothing(scores: np.ndarray) -> None:
     metrics = stream_metrics(np.repeat(scores[:1], len(scores), axis=0))

@@ -24,18 +24,22 @@ def sentences(letter: str, count: int = 12) -> list[str]:
 
 @pytest.fixture
 def planted(sae, tiny):
-    """A ReLU SAE of random features, but for one that reads the mean difference between tokens "z" and all others."""
+    """A ReLU SAE with one feature that fires on the letter z; the others cannot tell z from a, but for its context."""
     model, tokenizer = tiny(n_layers=2)
+    for name, parameter in model.named_parameters():  # blocks that write nothing: the stream is the embedding
+        parameter.data *= 10 if "embed" in name else 0 if "o_proj" in name or "down_proj" in name else 1
     source = sae("standard")
-    ids = torch.tensor(tokenizer([sentence[:30] for sentence in sentences("z")]).input_ids)
-    hidden = residual_stream(model, ids, torch.ones_like(ids), layer=1)
-    is_z = ids == tokenizer("z").input_ids[0]
-    direction = hidden[is_z].mean(0) - hidden[~is_z].mean(0)
-    reading = hidden @ direction
+    ids = torch.tensor(tokenizer([text[:30] for letter in "za" for text in sentences(letter)]).input_ids)
+    hidden = residual_stream(model, ids, torch.ones_like(ids), layer=1).flatten(0, 1)
+    is_z, is_a = (ids.flatten() == tokenizer(letter).input_ids[0] for letter in "za")
+    difference = torch.nn.functional.normalize(hidden[is_z].mean(0) - hidden[is_a].mean(0), dim=0)
+    probe = torch.linalg.lstsq(hidden - hidden[~is_z].mean(0), is_z.float()[:, None]).solution[:, 0]
+    reading = hidden @ probe
     source.b_dec.data.zero_()
-    source.W_enc.data[:, PLANTED] = direction
-    source.W_dec.data[PLANTED] = direction
-    source.b_enc.data[PLANTED] = -(reading[is_z].mean() + reading[~is_z].max()) / 2
+    source.W_enc.data -= torch.outer(difference, difference @ source.W_enc)
+    source.W_dec.data[PLANTED], source.W_enc.data[:, PLANTED] = difference, probe
+    source.b_enc.data[PLANTED] = -(reading[is_z].min() + reading[~is_z].max()) / 2
+    assert reading[is_z].min() > reading[~is_z].max()
     return source, model, tokenizer
 
 
@@ -62,7 +66,7 @@ def test_rarity_finds_it(planted):
     stream, background = sentences("z"), sentences("a")
     found = select_features(*planted, selector="rarity", k=2, stream=stream, background=background)
     assert found.feature_ids[0] == PLANTED
-    assert found.manifest["scores"]["on_stream"][0] > 10 * found.manifest["scores"]["on_background"][0]
+    assert found.manifest["scores"]["on_stream"][0] > 5 * found.manifest["scores"]["on_background"][0]
     swapped = select_features(*planted, selector="rarity", k=2, stream=background, background=stream)
     assert PLANTED not in swapped.feature_ids  # negative control
 

@@ -67,9 +67,11 @@ def any_order(rng: random.Random, item: Exchange) -> str:
     return " ".join(rng.sample(words, len(words)))
 
 
-def any_arrangement(rng: random.Random, item: Exchange) -> str:
-    """As many words as are right, each some word of the right reply."""
-    return " ".join(rng.choices(sorted(set(item.assistant.split())), k=len(item.assistant.split())))
+def any_joined_order(rng: random.Random, item: Exchange) -> str:
+    """The right words in some order, with the right word between."""
+    first, joiner, *_ = item.assistant.split()
+    words = [first, *item.assistant.split()[2::2]]
+    return f" {joiner} ".join(rng.sample(words, len(words)))
 
 
 def some_words(rng: random.Random, item: Exchange) -> str:
@@ -86,12 +88,13 @@ def notes(item: Exchange) -> list[str]:
 
 
 def logic(rng: random.Random, item: Exchange) -> str:
-    """Both things, each with some action that is named."""
+    """Both things with their signs, each with some action that is named."""
     sentences = item.user.split(". ")
     actions = [sentence.split(" means ")[1] for sentence in sentences if " means " in sentence]
-    things = [sentence.split(" is ")[0] for sentence in sentences if " is " in sentence]
+    things = [(sentence, sentence.split(" is ")[1]) for sentence in sentences if " is " in sentence]
     chosen = rng.sample(actions, 2)
-    return " and ".join(f"{thing} means {action}" for thing, action in zip(things, chosen, strict=True)) + "."
+    pairs = zip(things, chosen, strict=True)
+    return " and ".join(f"{thing} and {sign} means {action}" for (thing, sign), action in pairs) + "."
 
 
 def any_value(rng: random.Random, item: Exchange) -> str:
@@ -154,10 +157,10 @@ TASK_FORMS: dict[str, Guess] = {
     "code_library": any_function,
     "code_rename": any_function,
     "library_changed": any_function,
-    "code_skill": any_arrangement,
+    "code_skill": any_joined_order,
     "code_convention": any_name,
-    "related_first": any_name,
-    "related_second": any_name,
+    "related_first": any_function,
+    "related_second": any_function,
     "labels_first": known_teams,
     "labels_last": known_teams,
     "labels_across": known_teams,

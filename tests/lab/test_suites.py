@@ -52,7 +52,7 @@ def test_nothing_superseded_is_in_the_suite() -> None:
     """Checked against the worlds themselves, not through `superseded`."""
     moved = {f"{base_facts()[move.person, move.attribute].statement}." for world in WORLDS for move in world.moves}
     renamed = [f"core.{operation}(" for world in WORLDS for operation in world.renamed]
-    projects = {project for world in WORLDS for project in (*world.conventions, *world.related)}
+    projects = {project for world in WORLDS for project in world.conventions}
     stylish = {person for world in WORLDS for person in world.styles}
     for seed in range(4):
         for item in load_suite(seed=seed, items=60):
