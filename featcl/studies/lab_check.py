@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -126,11 +127,15 @@ class _Bench:
         self.chat = Chat(self.tokenizer)
         self.suite = load_suite()
 
+    @cached_property
+    def skills(self) -> dict[str, float]:
+        """The base model's accuracy by skill of the general suite."""
+        return self.accuracy(self.model, self.suite)
+
     # --- what does not depend on a world --------------------------------------------------------------------------
 
     def general(self) -> Iterator[Claim]:
-        skills = self.accuracy(self.model, self.suite)
-        yield Claim("base on the general suite", _mean(skills), 0.90, True, skills)
+        yield Claim("base on the general suite", _mean(self.skills), 0.90, True, self.skills)
         yield from self.saes()
         size = sum(file.stat().st_size for file in LAB_ASSETS.rglob("*") if file.is_file())
         yield Claim("bytes of all assets", float(size), ASSET_LIMIT, False, {})
@@ -186,8 +191,7 @@ class _Bench:
             final = self.accuracy(learner.adapter.model, [item for task in stream.tasks for item in task.items])
             suite = self.accuracy(learner.adapter.model, self.suite)
         lost = {task: learned[task] - final[task] for task in list(learned)[:-1]}
-        base = self.accuracy(self.model, self.suite)
-        general = {skill: base[skill] - suite[skill] for skill in base}
+        general = {skill: before - suite[skill] for skill, before in self.skills.items()}
         yield Claim(f"{world}: sequential plain LoRA acquires, mean", _mean(learned), 0.85, True, learned)
         parts = {"earlier tasks": _mean(lost), "general suite": _mean(general)} | lost | general
         yield Claim(
