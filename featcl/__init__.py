@@ -27,6 +27,7 @@ _NAMES = {
     "read_trajectories": "featcl.streams",
     "load_sae": "featcl.features",
     "check_sae": "featcl.features",
+    "as_bridge": "featcl.features",
     "select_features": "featcl.features",
     "Directions": "featcl.features",
     "constrain": "featcl.adapters",
@@ -49,6 +50,7 @@ __all__ = [
     "Trajectory",
     "__version__",
     "adapters",
+    "as_bridge",
     "check_sae",
     "constrain",
     "evaluation",
@@ -81,6 +83,7 @@ if TYPE_CHECKING:
     from featcl.errors import FeatclError as FeatclError
     from featcl.evaluation.result import RunResult as RunResult
     from featcl.features import Directions as Directions
+    from featcl.features import as_bridge as as_bridge
     from featcl.features import check_sae as check_sae
     from featcl.features import load_sae as load_sae
     from featcl.features import select_features as select_features

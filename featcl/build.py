@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from featcl.errors import FeatclError
 from featcl.evaluation import Canaries
 from featcl.evaluation.material import Material, file_material, lab_material, suite_columns
 from featcl.features import (
+    Bundle,
     Directions,
+    hooks,
     load_sae,
     pca_directions,
     random_directions,
@@ -24,9 +27,11 @@ from featcl.features import (
     read_texts,
     select_features,
 )
+from featcl.features.provenance import Digests, refuse_overlap
+from featcl.features.tokens import Text
 from featcl.lab.streams import load_stream
 from featcl.learning import Learner
-from featcl.models import load_model, max_context, model_digest, resolve_hook
+from featcl.models import load_model, max_context, model_digest
 from featcl.streams import Chat, Trajectory, read_trajectories
 
 LONGEST = 4096  # tokens of a window where the model's context is longer
@@ -74,7 +79,7 @@ def build(config: RunConfig, *, quarantine: str | Path | None = None) -> Experim
     chat = Chat(tokenizer)
     material = _material(config, chat, length=min(max_context(model), LONGEST), quarantine=quarantine)
     facts = {"model_digest": model_digest(model), "stream_digest": material.digest}
-    directions, hooks = _directions(config, model, tokenizer, material)
+    directions, modules = _directions(config, model, tokenizer, material, facts["model_digest"])
     learners = config.phases or (config.learner,)
     phases = tuple(_settings(learner) for learner in learners)
     experiences = tuple(learner.experiences for learner in learners)
@@ -98,7 +103,7 @@ def build(config: RunConfig, *, quarantine: str | Path | None = None) -> Experim
         seed=config.seed,
     )
     canaries = Canaries(adapter.model, chat, **material.canaries) if material.canaries else None
-    facts |= {"hooks": hooks, "directions_digest": _digest(directions), "seed": config.seed}
+    facts |= {"hooks": modules, "directions_digest": _digest(directions), "seed": config.seed}
     return Experiment(config, material, adapter, learner, phases, experiences, canaries, directions, facts)
 
 
@@ -177,30 +182,55 @@ def _append_line(path: Path, entry: dict[str, Any]) -> None:
 
 
 def _directions(
-    config: RunConfig, model: Any, tokenizer: Any, material: Material
+    config: RunConfig, model: Any, tokenizer: Any, material: Material, digest: str
 ) -> tuple[Directions | dict[int, Directions], dict[str, str]]:
     """The chosen directions, or the control that stands in for them; and which module each hook is."""
     sources = config.features.sae
+    select = partial(_directions_of, config, model, tokenizer, _selection_texts(config, tokenizer, material),
+                     held_out=material.unseen, digest=digest)  # fmt: skip
     if isinstance(sources, str):
-        chosen = _directions_of(config, sources, model, tokenizer, material)
-        return chosen, {chosen.hook_name: resolve_hook(model, chosen.hook_name)[0]}
-    sets = {layer: _directions_of(config, sae, model, tokenizer, material) for layer, sae in sources.items()}
+        chosen = select(sources)
+        return chosen, _hooks(model, [chosen])
+    sets = {layer: select(sae) for layer, sae in sources.items()}
     for layer, chosen in sets.items():
         if chosen.layer != layer:
             raise FeatclError(f"features.sae.{layer}: {sources[layer]} was trained at {chosen.hook_name}, not there")
-    return sets, {chosen.hook_name: resolve_hook(model, chosen.hook_name)[0] for chosen in sets.values()}
+    return sets, _hooks(model, list(sets.values()))
 
 
-def _directions_of(config: RunConfig, source: str, model: Any, tokenizer: Any, material: Material) -> Directions:
-    wanted, sae = config.features, load_sae(source, device=model.device)
-    given = {name: _texts(getattr(wanted, name)) for name in ("positive", "negative", "background")}
-    texts = {**material.calibration, **{name: found for name, found in given.items() if found and name != "background"}}
-    if config.stream.name and given["background"]:
-        texts["background"] = given["background"]
-    chosen = select_features(
-        sae, model, tokenizer, selector=wanted.selector, k=wanted.k, feature_ids=wanted.feature_ids,
-        query=wanted.query, seed=config.seed, **texts,
-    )  # fmt: skip
+def _hooks(model: Any, sets: Sequence[Directions]) -> dict[str, str]:
+    return {chosen.hook_name: hooks.resolve(model, chosen.hook_name).module for chosen in sets}
+
+
+def _selection_texts(config: RunConfig, tokenizer: Any, material: Material) -> dict[str, Sequence[Text]]:
+    """What features are selected on: the calibration split, or files; nothing to come, nothing that is scored."""
+    given = {name: _texts(getattr(config.features, name)) for name in ("positive", "negative", "background")}
+    if not config.stream.name:
+        given.pop("background")  # is split: its last fifth is scored
+    files = {name: texts for name, texts in given.items() if texts}
+    refuse_overlap({f"features.{name}": texts for name, texts in files.items()}, material.unseen, tokenizer)
+    calibration = {name: texts for name, texts in material.calibration.items() if name not in files}
+    refuse_overlap(calibration, material.unseen, tokenizer, parts=False)
+    return {**calibration, **files}
+
+
+def _directions_of(
+    config: RunConfig, model: Any, tokenizer: Any, texts: Mapping[str, Sequence[Text]], source: str, *,
+    held_out: Digests, digest: str,
+) -> Directions:  # fmt: skip
+    wanted = config.features
+    sae = load_sae(source, device=model.device, model=model, tokenizer=tokenizer, check=wanted.check)
+    if wanted.bundle is not None:
+        chosen = Bundle.load(wanted.bundle).merged(
+            sae, model, tokenizer, explanations=wanted.explanations, held_out=held_out, model_digest=digest,
+            seed=config.seed,
+        )  # fmt: skip
+    else:
+        chosen = select_features(
+            sae, model, tokenizer, selector=wanted.selector, k=wanted.k, feature_ids=wanted.feature_ids,
+            query=wanted.query, explanations=wanted.explanations, reviewed=wanted.reviewed, model_digest=digest,
+            seed=config.seed, **texts,
+        )  # fmt: skip
     if config.adapter.basis == "random":
         return random_directions(chosen, seed=config.seed)
     if config.adapter.basis == "pca":

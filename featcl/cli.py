@@ -35,8 +35,10 @@ app.add_typer(lab, name="lab")
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Model = Annotated[str, typer.Option("--model", help="lab/olmo2, lab/gemma2, a folder, or a Hugging Face id.")]
 LabModel = Annotated[str, typer.Option("--model", help="lab/olmo2 or lab/gemma2.")]
-Sae = Annotated[str, typer.Option("--sae", help="lab/<model>/resid_post_<L>, or a folder.")]
-Texts = Annotated[list[Path] | None, typer.Option("--text", help="A .txt or .txt.gz file; may be repeated.")]
+Sae = Annotated[str, typer.Option("--sae", help="lab/<model>/resid_post_<L>, a folder or file, or <release>/<sae_id>.")]
+Texts = Annotated[list[Path] | None, typer.Option("--text", help="A .txt or .jsonl file, also .gz; may be repeated.")]
+HookName = Annotated[str | None, typer.Option("--hook-name", help="Where the SAE lives, if its files do not say.")]
+NoCheck = Annotated[bool, typer.Option("--no-check", help="Do not test on loading whether the SAE fits the model.")]
 More = Annotated[list[Path] | None, typer.Argument(hidden=True)]  # what a shell pattern after --text expands to
 
 
@@ -130,25 +132,36 @@ def doctor(as_json: Json = False) -> None:
 @features.command()
 def train(
     model: Model,
-    layer: Annotated[list[int], typer.Option(help="Block whose output gets an SAE; may be repeated.")],
     out: Annotated[Path, typer.Option(help="Folder to write; several layers get a folder each in it.")],
+    layer: Annotated[list[int] | None, typer.Option(help="Block that gets an SAE; may be repeated.")] = None,
     text: Texts = None,
     more: More = None,
     architecture: Annotated[str, typer.Option(help="batchtopk, topk, jumprelu or matryoshka_batchtopk.")] = "batchtopk",
-    d_sae: Annotated[int | None, typer.Option(help="Number of features; 8 d_model by default.")] = None,
-    l0: Annotated[float | None, typer.Option(help="Active features per token; d_model / 5 by default.")] = None,
+    site: Annotated[str, typer.Option(help="resid_post (the block's output), mlp_out or attn_z.")] = "resid_post",
+    d_sae: Annotated[int | None, typer.Option(help="Number of features; 8 times the width by default.")] = None,
+    l0: Annotated[
+        float | None, typer.Option(help="Active features per token; a fifth of the width by default.")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="How many activations are trained on.")] = 1_000_000,
+    batch_size: Annotated[int, typer.Option(help="Activations per step.")] = 1024,
+    lr: Annotated[float, typer.Option(help="Adam's.")] = 3e-3,
+    context: Annotated[int | None, typer.Option(help="Longest window of tokens; the model's by default.")] = None,
     seed: Annotated[int, typer.Option(help="Of initial weights and shuffling.")] = 0,
+    like: Annotated[Path | None, typer.Option(help="An SAE's featcl.json: train it again, bit by bit.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an SAE that lies there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train SAEs (SAELens) on a model and text files; no hub."""
+    """Train SAEs (SAELens) on a model and texts or trajectories; no hub. The same command goes on after a stop."""
     from featcl.features import train_from_files
 
-    trained = train_from_files(
-        model, _files(text, more), layer, out, overwrite=overwrite, architecture=architecture, d_sae=d_sae, l0=l0,
-        tokens=tokens, seed=seed,
-    )  # fmt: skip
+    try:
+        trained = train_from_files(
+            model, _files(text, more), layer or (), out, overwrite=overwrite, architecture=architecture, site=site,
+            d_sae=d_sae, l0=l0, tokens=tokens, batch_size=batch_size, lr=lr, context=context, seed=seed, like=like,
+        )  # fmt: skip
+    except KeyboardInterrupt as stopped:
+        print(f"featcl: interrupted; {stopped or 'nothing was trained yet'}", file=sys.stderr)
+        raise typer.Exit(130) from None
     found = {str(key): {"folder": str(sae.folder), **sae.health.record()} for key, sae in trained.items()}
     if as_json:
         _print_json(found)
@@ -158,14 +171,15 @@ def train(
 
 
 @features.command()
-def check(sae: Sae, model: Model, text: Texts = None, more: More = None, as_json: Json = False) -> None:
-    """Measure how well an SAE stands for a model's residual stream on text."""
-    from featcl.features import check_sae, load_sae, read_texts
-    from featcl.models import load_model
+def check(
+    sae: Sae, model: Model, text: Texts = None, more: More = None, hook_name: HookName = None, as_json: Json = False
+) -> None:
+    """Measure how well an SAE stands for what it was trained on, on text; one that does not fit is an error."""
+    from featcl.features import check_sae
 
-    texts = [document for path in _files(text, more) for document in read_texts(path)]
-    loaded_model, tokenizer = load_model(model)
-    health = check_sae(load_sae(sae, device=loaded_model.device), loaded_model, tokenizer, texts).record()
+    files = _files(text, more)
+    loaded_sae, loaded_model, tokenizer = _sae_and_model(sae, model, hook_name, check=False)  # measured on the texts
+    health = check_sae(loaded_sae, loaded_model, tokenizer, _documents(files, tokenizer)).record()
     if as_json:
         _print_json(health)
     else:
@@ -177,50 +191,123 @@ def select(
     sae: Sae,
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the directions.")],
-    selector: Annotated[str, typer.Option(help="ids, contrast, rarity or gradient_energy.")],
+    selector: Annotated[
+        str | None, typer.Option(help="ids, contrast, persona, rarity, attribution, … or {union: [contrast, rarity]}.")
+    ] = None,
+    bundle: Annotated[str | None, typer.Option(help="home-assistant, coding-agent/design, or a .yaml file.")] = None,
     k: Annotated[int | None, typer.Option(help="How many features.")] = None,
     positive: Annotated[list[Path] | None, typer.Option(help="Text with what is wanted.")] = None,
     negative: Annotated[list[Path] | None, typer.Option(help="Text without it.")] = None,
     stream: Annotated[list[Path] | None, typer.Option(help="Text of a calibration split.")] = None,
     background: Annotated[list[Path] | None, typer.Option(help="Ordinary text.")] = None,
+    held_out: Annotated[list[Path] | None, typer.Option(help="Text of the evaluation; an overlap is refused.")] = None,
     ids: Annotated[str | None, typer.Option(help="Feature ids, for example 3,17,240.")] = None,
+    query: Annotated[str | None, typer.Option(help="For explanations: formal greeting | politeness.")] = None,
+    explanations: Annotated[Path | None, typer.Option(help="Exported explanations; the local cache otherwise.")] = None,
+    reviewed: Annotated[Path | None, typer.Option(help="For hand: a YAML list of features with reasons.")] = None,
+    validate: Annotated[
+        bool, typer.Option("--validate", help="Steer with each, on every second block of the texts, and on no others.")
+    ] = False,
+    hook_name: HookName = None,
+    no_check: NoCheck = False,
+    seed: Annotated[int, typer.Option(help="Of selectors that draw random numbers.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Choose features of an SAE and save them as directions."""
-    from featcl.features import load_sae, read_texts, select_features
-    from featcl.models import load_model
+    if (selector is None) == (bundle is None):
+        raise FeatclError("give either --selector or --bundle")
+    from featcl.features import select_features
+    from featcl.features.bundle import Bundle
 
-    def texts(paths: list[Path] | None) -> list[str] | None:
-        return [document for path in paths for document in read_texts(path)] if paths else None
+    chosen_by, listed = _selector(selector), _ids(ids)
+    named = Bundle.load(bundle) if bundle is not None else None
+    paths = {"positive": positive, "negative": negative, "stream": stream, "background": background}
+    loaded_sae, loaded_model, tokenizer = _sae_and_model(sae, model, hook_name, check=not no_check)
+    texts = {name: _documents(files, tokenizer) for name, files in paths.items() if files}
+    target: dict[str, Any] = {}
+    if validate:
+        texts, target = _kept_for_validation(texts)
+    common: dict[str, Any] = {"explanations": explanations, "seed": seed}
+    if held_out:
+        common["held_out"] = _documents(held_out, tokenizer)
+    if named is not None:
+        directions = named.merged(loaded_sae, loaded_model, tokenizer, **common)
+    else:
+        directions = select_features(
+            loaded_sae, loaded_model, tokenizer, selector=chosen_by, k=k, feature_ids=listed, query=query,
+            reviewed=reviewed, **texts, **common,
+        )  # fmt: skip
+    finding = None
+    if validate:
+        from featcl.features.validation import validate as validated
 
-    loaded_model, tokenizer = load_model(model)
-    directions = select_features(
-        load_sae(sae, device=loaded_model.device), loaded_model, tokenizer, selector=selector, k=k,
-        positive=texts(positive), negative=texts(negative), stream=texts(stream), background=texts(background),
-        feature_ids=_ids(ids),
-    )  # fmt: skip
+        finding = validated(directions, loaded_model, tokenizer, **target)
+        directions = finding.mark(directions)
     directions.save(out)
     if as_json:
-        _print_json({"folder": str(out), "feature_ids": directions.feature_ids, "digest": directions.digest})
-    else:
-        _print_directions(directions)
-        print(f"saved in {out}")
+        record = {"folder": str(out), "feature_ids": directions.feature_ids, "digest": directions.digest}
+        _print_json(record | ({"validation": finding.to_json()} if finding else {}))
+        return
+    _print_directions(directions)
+    if finding:
+        print(finding)
+    print(f"saved in {out}")
 
 
 @features.command()
 def show(
-    folder: Annotated[Path, typer.Argument(help="Directions saved by `featcl features select` or by a run.")],
+    folder: Annotated[Path | None, typer.Argument(help="Directions saved by `featcl features select`.")] = None,
+    sae: Annotated[str | None, typer.Option(help="An SAE instead.")] = None,
+    model: Annotated[str | None, typer.Option(help="With texts: the model they are read with.")] = None,
+    text: Texts = None,
+    ids: Annotated[str | None, typer.Option(help="Feature ids; of an SAE the most active ones by default.")] = None,
+    k: Annotated[int, typer.Option(help="How many of the most active.")] = 12,
+    out: Annotated[Path | None, typer.Option(help="One HTML file to write.")] = None,
+    hook_name: HookName = None,
+    no_check: NoCheck = False,
     as_json: Json = False,
 ) -> None:
-    """Print saved directions: ids, scores, and where they come from."""
+    """Look at features: where they fire in your texts, how strongly, and what they do to the next token.
+
+    Without texts, directions are listed with their ids, scores, and where they come from.
+    """
     from featcl.features import Directions
 
-    directions = Directions.load(folder)
-    if as_json:
+    if (folder is None) == (sae is None):
+        raise FeatclError("give either a folder of directions or --sae")
+    directions = None if folder is None else Directions.load(folder)
+    if directions is not None and model is None and not text and out is None:
         shown = ("feature_ids", "hook_name", "selector", "digest", "manifest")
-        _print_json({name: getattr(directions, name) for name in shown})
+        if as_json:
+            _print_json({name: getattr(directions, name) for name in shown})
+        else:
+            _print_directions(directions)
+        return
+    from featcl.features.show import most_active
+    from featcl.features.show import show as dashboards
+
+    if model is None:
+        raise FeatclError("looking at where features fire needs --model and --text")
+    files, wanted = _files(text, None), _ids(ids)
+    source: Any
+    if sae is None:
+        from featcl.models import load_model
+
+        source, (loaded_model, tokenizer) = directions, load_model(model)
     else:
-        _print_directions(directions)
+        source, loaded_model, tokenizer = _sae_and_model(sae, model, hook_name, check=not no_check)
+    documents = _documents(files, tokenizer)
+    if sae is not None and wanted is None:
+        wanted = most_active(source, loaded_model, tokenizer, documents, k=k)
+    found = dashboards(source, loaded_model, tokenizer, documents, wanted)
+    if out is not None:
+        found.save(out)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        print(found)
+        if out is not None:
+            print(f"saved as {out}")
 
 
 # --- lab ---------------------------------------------------------------------------------------------------------
@@ -261,6 +348,49 @@ def _files(text: list[Path] | None, more: list[Path] | None) -> list[Path]:
     if not files:
         raise FeatclError("give at least one text file: --text FILE")
     return files
+
+
+def _sae_and_model(sae: str, model: str, hook_name: str | None, *, check: bool) -> tuple[Any, Any, Any]:
+    """SAE, model and tokenizer; where the SAE is read is printed on standard error, and whether it fits is tested."""
+    from featcl.features import load_sae
+    from featcl.models import load_model
+
+    loaded, tokenizer = load_model(model)
+    options = {"device": loaded.device, "model": loaded, "tokenizer": tokenizer, "hook_name": hook_name}
+    return load_sae(sae, **options, check=check), loaded, tokenizer
+
+
+def _documents(paths: list[Path], tokenizer: Any) -> list[Any]:
+    from featcl.features.tokens import read_documents
+
+    return [document for path in paths for document in read_documents(path, tokenizer)]
+
+
+def _kept_for_validation(texts: dict[str, list[Any]]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """Every second block of the target texts, and of those without it, is kept from the selection."""
+    from featcl.features.provenance import text_blocks
+
+    target = "positive" if "positive" in texts else "stream"
+    if target not in texts:
+        raise FeatclError("--validate needs texts to steer on: --positive, or --stream")
+    kept: dict[str, Any] = {}
+    for name, role in ((target, "positive"), ("negative", "negative")):
+        if name in texts:
+            blocks = [b for text in texts[name] for b in (text_blocks(text) if isinstance(text, str) else [text])]
+            texts, kept[role] = {**texts, name: blocks[0::2]}, blocks[1::2]
+    return texts, kept
+
+
+def _selector(text: str | None) -> Any:
+    """A name, or a combination written as YAML."""
+    if text is None or not text.lstrip().startswith("{"):
+        return text
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise FeatclError(f"--selector {text!r}: a combination reads {{union: [contrast, rarity]}}") from None
 
 
 def _ids(text: str | None) -> list[int] | None:

@@ -41,6 +41,10 @@ Texts = str | tuple[str, ...] | None
 
 OBJECTIVES = ("sft", "distillation", "self_distillation", "recover", "kl_to_base", "l2_to_base")
 METHODS: tuple[str, ...] = ()  # continual-learning methods that exist; none ships yet
+SELECTORS = (
+    "ids", "contrast", "rarity", "gradient_energy", "attribution", "persona", "explanations", "hand",
+)  # fmt: skip
+COMBINATIONS = ("union", "intersection", "rank")
 
 
 class Part(BaseModel):
@@ -90,13 +94,22 @@ class FeaturesConfig(Part):
     """The SAE, or one per layer, and how its features are chosen; texts are files, null the calibration split."""
 
     sae: str | dict[int, str] = "lab/olmo2/resid_post_3"
-    selector: str = "contrast"
+    check: bool = True  # reconstruct a few hundred tokens on loading; an SAE that does not fit the model is an error
+    selector: str | dict[str, Any] = "contrast"  # a name, or {union | intersection | rank: [selector, …]}
     k: Count = 32
+    bundle: str | None = None  # a named set of selectors, each with its own k, in place of `selector`
     positive: Texts = None
     negative: Texts = None
     background: Texts = None
     feature_ids: tuple[Int, ...] | None = None
-    query: str | None = None
+    query: str | None = None  # for `explanations`
+    explanations: str | None = None  # exported explanations, a file or folder; null for the local cache
+    reviewed: str | None = None  # for `hand`: a YAML list of features with a reason each
+
+    @field_validator("selector")
+    @classmethod
+    def _known(cls, selector: str | dict[str, Any]) -> str | dict[str, Any]:
+        return _known_selector(selector)
 
 
 class AdapterConfig(Part):
@@ -287,6 +300,19 @@ def _known_name(name: str, what: str, known: tuple[str, ...]) -> str:
     raise ValueError(f"unknown {what} {name!r}{_nearest(name, known)}; {right}")
 
 
+def _known_selector(selector: Any) -> Any:
+    """A selector's name, or a combination of selectors, checked as deep as it goes."""
+    if isinstance(selector, str):
+        return _known_name(selector, "selector", SELECTORS)
+    if not isinstance(selector, Mapping) or len(selector) != 1:
+        raise ValueError(f"expected a selector's name or one of {', '.join(COMBINATIONS)} with a list")
+    [(how, members)] = selector.items()
+    _known_name(str(how), "combination", COMBINATIONS)
+    if not isinstance(members, (list, tuple)) or len(members) < 2:
+        raise ValueError(f"{how}: expected a list of two or more selectors, got {members!r}")
+    return {how: [_known_selector(member) for member in members]}
+
+
 def _nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else ""
@@ -346,12 +372,17 @@ def _read_layers(path: Path, *, seen: tuple[Path, ...]) -> Iterator[tuple[str, d
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` over `below`: mappings merge, lists and values replace."""
+    """`above` over `below`: mappings merge, but for a selector; lists and values replace."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        merged[key] = _over(key, old, value)
     return merged
+
+
+def _over(key: str, old: Any, value: Any) -> Any:
+    both = isinstance(old, Mapping) and isinstance(value, Mapping)
+    return _merge(old, value) if both and key != "selector" else value
 
 
 def _apply_override(data: dict[str, Any], override: str) -> dict[str, Any]:
@@ -376,7 +407,7 @@ def _set(node: Any, path: list[str], value: Any) -> Any:
     if rest:
         node[head] = _set(old, rest, value)
     else:
-        node[head] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        node[head] = _over(head, old, value)
     return node
 
 

@@ -302,6 +302,8 @@ FAMILIES = {
 }
 _PARTS = (("self_attn", "o_proj", ("q_proj", "k_proj", "v_proj")), ("mlp", "down_proj", ("gate_proj", "up_proj")))
 _LAYERS_PATHS = ("model.layers", "model.language_model.layers", "language_model.model.layers")
+# As a regular expression, also inside a PeftModel; not the layers of a vision tower.
+LAYERS_PREFIX = rf"(?:base_model\.model\.)?(?:{'|'.join(map(re.escape, _LAYERS_PATHS))}|language_model\.layers|layers)"
 
 
 def residual_map(model: nn.Module) -> ResidualMap:
@@ -343,12 +345,45 @@ def _site(model: nn.Module, family: _Family, name: str, norm: str | None, d_mode
     if norm is None:
         return Site(name, layer, None, None)
     module = _submodule(model, f"{block}.{norm}")
-    eps = float(getattr(module, "eps", getattr(module, "variance_epsilon", 1e-5)))
-    gain = None
-    if family.gain != "none":
-        gain = module.weight.detach().float().clone()  # type: ignore[union-attr]
-        gain = 1.0 + gain if family.gain == "one_plus_weight" else gain
+    gain, eps = _gain(module, family), _eps(module)
     return Site(name, layer, gain, f"{block}.{norm}", centered=family.centered, eps=eps)
+
+
+@dataclass(frozen=True, eq=False)
+class Unembedding:
+    """From the final residual stream h to logits: W_U (g ⊙ h / rms(h)).
+
+    Attributes:
+        weight: W_U [vocab, d_model], in the model's dtype; not a copy.
+        gain: Gain g of the final norm, float32 (1 + w for Gemma); None where it has none (OLMo-1).
+        centered: Whether that norm subtracts the mean (OLMo-1).
+        eps: What it adds to the mean square.
+    """
+
+    weight: Float[Tensor, "vocab d_model"]
+    gain: Float[Tensor, " d_model"] | None
+    centered: bool
+    eps: float
+
+
+def unembedding(model: nn.Module) -> Unembedding:
+    """The final norm and the unembedding of a model that `residual_map` knows."""
+    model = inner_model(model)
+    family, path = FAMILIES[residual_map(model).family], _layers_path(model)
+    module = _submodule(model, f"{path.rpartition('.')[0]}.norm")
+    weight = model.get_output_embeddings().weight.detach()  # pyright: ignore[reportCallIssue]
+    return Unembedding(weight, _gain(module, family), family.centered, _eps(module))
+
+
+def _gain(norm: Any, family: _Family) -> Float[Tensor, " d_model"] | None:
+    if family.gain == "none":
+        return None
+    weight = norm.weight.detach().float().clone()
+    return 1.0 + weight if family.gain == "one_plus_weight" else weight
+
+
+def _eps(norm: Any) -> float:
+    return float(getattr(norm, "eps", getattr(norm, "variance_epsilon", 1e-5)))
 
 
 def _layers_path(model: nn.Module) -> str:
@@ -379,7 +414,8 @@ def resolve_hook(model: nn.Module, hook_name: str) -> tuple[str, int]:
     Args:
         model: The model that the hook belongs to.
         hook_name: `blocks.{L}.hook_resid_post`, `blocks.{L}.hook_resid_pre` (the output of the block before), or a
-            module path such as `model.layers.{L}`.
+            module path such as `model.layers.{L}`, `model.layers.{L}.output` or `model.layers.{L}.input`. The text
+            model's prefix may be that of another class of the family (Gemma-3 has two).
 
     Returns:
         The module path of the block, and its index.
@@ -392,8 +428,8 @@ def resolve_hook(model: nn.Module, hook_name: str) -> tuple[str, int]:
     n_layers = len(_submodule(model, path))  # type: ignore[arg-type]
     if match := re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook_name):
         layer = int(match[1]) - (match[2] == "pre")
-    elif match := re.fullmatch(r"(?:[\w]+\.)*layers\.(\d+)", hook_name):
-        layer = int(match[1])
+    elif match := re.fullmatch(LAYERS_PREFIX + r"\.(\d+)(?:\.(input|output))?", hook_name):
+        layer = int(match[1]) - (match[2] == "input")
     else:
         raise FeatclError(f"{hook_name!r} is no residual-stream hook: blocks.{{L}}.hook_resid_post or {path}.{{L}}")
     if not 0 <= layer < n_layers:

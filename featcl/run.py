@@ -32,7 +32,7 @@ from featcl.tracking.progress import progress_bar, say, waiting
 from featcl.tracking.report import draw_plots, write_report
 
 CHECKPOINT_SECONDS = 30.0  # between evaluations; after each one the state is saved in any case
-PROBE_TEXTS, PROBE_TOKENS = 8, 128  # on which the leak is measured
+PROBE_TOKENS = 128  # of each text on which the leak is measured
 
 
 def run(config: RunConfig, *, overwrite: bool = False) -> RunResult:
@@ -245,7 +245,7 @@ class Session:
     def _leak(self) -> dict[str, float]:
         """What the update writes outside the chosen span, on texts of the calibration split."""
         tokenizer = self.learner.student.chat.tokenizer
-        texts = self.experiment.material.calibration["stream"][:PROBE_TEXTS]
+        texts = self.experiment.material.probe_texts
         windows = [
             window for text in texts for window in list(token_windows(tokenizer, [text], context=PROBE_TOKENS))[:1]
         ]

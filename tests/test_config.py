@@ -153,3 +153,21 @@ def test_every_config_of_the_repository_parses(root: Path) -> None:
         config = RunConfig.load(path)
         assert config.study == path.parent.name, f"{path}: the study is the folder's name"
         assert config.arm == path.stem
+
+
+def test_selectors_are_names_or_combinations_of_names(tmp_path: Path) -> None:
+    text = "features: {selector: {union: [contrast, {rank: [rarity, persona]}]}}"
+    config = load(tmp_path, text)
+    assert config.features.selector == {"union": ["contrast", {"rank": ["rarity", "persona"]}]}
+    assert RunConfig.from_dict(config.to_dict()) == config
+    assert load(tmp_path, text, "features.selector={rank: [ids, hand]}").features.selector == {"rank": ["ids", "hand"]}
+    assert load(tmp_path, text, "features.selector=rarity").features.selector == "rarity"
+    for wrong, says in (
+        ("contarst", "unknown selector 'contarst', did you mean 'contrast'"),
+        ("{unoin: [contrast, rarity]}", "unknown combination 'unoin', did you mean 'union'"),
+        ("{union: [contrast, rarety]}", "did you mean 'rarity'"),
+        ("{union: [contrast]}", "expected a list of two or more selectors"),
+        ("{union: [ids, hand], rank: [ids, hand]}", "expected a selector's name or one of union"),
+    ):
+        with pytest.raises(ConfigError, match=rf"features\.selector: .*{says}"):
+            load(tmp_path, f"features: {{selector: {wrong}}}")

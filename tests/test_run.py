@@ -58,7 +58,8 @@ def config(home: Path, tmp_path: Path) -> Callable[..., RunConfig]:
         path.write_text(
             f"study: test\nseed: {seed}\nmodel: {home / 'model'}\noutput: {tmp_path / 'results'}\n"
             f"stream: {{path: {home / 'stream.jsonl'}}}\n"
-            f"features: {{sae: {home / 'sae'}, selector: rarity, k: 8, background: {home / 'background.txt'}}}\n"
+            f"features: {{sae: {home / 'sae'}, selector: rarity, k: 8, check: false, "
+            f"background: {home / 'background.txt'}}}\n"
             "learner: {lr: 1e-2}\nphases: [{objectives: [{name: sft}]}, {objectives: [{name: self_distillation, "
             "max_new_tokens: 8}]}]\nevaluation: {suites: [], canaries: {every: 4, items: 6}}\n"
             "tracking: {wandb: disabled}\n"

@@ -13,9 +13,11 @@ from pathlib import Path
 PACKAGES = (
     "featcl.subspace", "featcl.models", "featcl.objectives.divergence", "featcl.features.directions",
     "featcl.features.controls", "featcl.features.encoder", "featcl.features.activations",
+    "featcl.features.logits", "featcl.features.shuffled",
 )  # fmt: skip
 TESTS = ("test_subspace.py", "test_models.py", "objectives/test_divergence.py", "features/test_directions.py",
-         "features/test_controls.py", "features/test_encoder.py")  # fmt: skip
+         "features/test_controls.py", "features/test_encoder.py", "features/test_activations.py",
+         "features/test_show.py")  # fmt: skip
 
 
 def check(*arguments: str) -> subprocess.CompletedProcess[str]:

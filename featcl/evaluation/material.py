@@ -11,15 +11,17 @@ from featcl.errors import FeatclError
 from featcl.evaluation.board import Board, GradedBoard, LikelihoodBoard
 from featcl.evaluation.scoring import encode_item, lasting_items
 from featcl.features import read_texts
+from featcl.features.provenance import LINE_WORDS, Digests, text_blocks, text_digests, without_overlap
 from featcl.files import digest_json
 from featcl.lab.items import Item
 from featcl.lab.streams import LabStream
+from featcl.lab.tasks import LabTask
 from featcl.streams import Chat, Encoded, Trajectory, encode_trajectory
-from featcl.streams.split import by_source, split_source
+from featcl.streams.split import Split, by_source, split_source
 from featcl.streams.windows import cut_windows
 
 HELDOUT_WINDOWS = 8  # of a held-out trajectory longer than the model's context
-BACKGROUND_BLOCK = 1200  # characters of background text that make one item
+PROBE_TEXTS = 8  # on which the leak is measured
 BACKGROUND_ITEMS = 32  # of each background file, from its last fifth
 
 Text = str | Sequence[int]
@@ -47,6 +49,8 @@ class Material:
         canaries: Arguments of `Canaries` beside model and chat; empty for none.
         calibration: `positive`, `negative`, `stream`, `background`; disjoint from stream and evaluation.
         plain_background: Background as plain text, for the objective `recover`.
+        probe_texts: On which the leak of an update is measured.
+        unseen: Digests of what is taught and scored: no feature is selected on it.
         digest: Of everything that is taught.
     """
 
@@ -57,6 +61,8 @@ class Material:
     canaries: Mapping[str, Any]
     calibration: Mapping[str, Sequence[Text]]
     plain_background: tuple[str, ...]
+    probe_texts: Sequence[Text]
+    unseen: Digests
     digest: str
 
     @property
@@ -112,6 +118,8 @@ def lab_material(
             "background": _as_ids(chat, stream.background),
         },
         plain_background=tuple(_as_text(messages) for messages in stream.background),
+        probe_texts=_as_ids(chat, stream.positive[:PROBE_TEXTS]),
+        unseen=_unseen(chat, [*_taught(stream.tasks), *_asked(stream, suites)]),
         digest=stream.digest,
     )
 
@@ -174,17 +182,21 @@ def file_material(
     splits = {name: split_source(group, holdout=holdout, calibration=calibration) for name, group in groups.items()}
     tasks = tuple(Task(source, split.train[:limit]) for source, split in splits.items())
     heldout = {source: {t.id: windows[t.id] for t in split.heldout} for source, split in splits.items()}
-    selecting, scored = _background(background, chat, length=length)
+    selecting, scored, heldout_blocks = _background(background, chat, length=length)
     answers = {name: {item.id: [encode_item(chat, item)] for item in items} for name, items in (suites or {}).items()}
-    stream = [t for split in splits.values() for t in split.calibration] or list(tasks[0].trajectories[:1])
+    unseen = _unseen_in_files(chat, splits, scored=heldout_blocks, suites=suites or {})
+    calibrating = [_ids_of(chat, t) for split in splits.values() for t in split.calibration]
+    stream = without_overlap(calibrating, unseen, chat.tokenizer)  # repeats of what is taught or scored are left out
     return Material(
         tasks=tasks,
         probes=(),
         general=(*scored, *answers),
         board=LikelihoodBoard({**heldout, **scored, **answers}),
         canaries={} if canary_items is None else _window_canaries(heldout, scored, canary_items),
-        calibration={"stream": [_ids_of(chat, trajectory) for trajectory in stream], "background": selecting},
+        calibration={"stream": stream, "background": without_overlap(selecting, unseen, chat.tokenizer)},
         plain_background=tuple(selecting),
+        probe_texts=(stream or [_ids_of(chat, t) for t in tasks[0].trajectories])[:PROBE_TEXTS],
+        unseen=unseen,
         digest=digest_json([[task.name, [t.to_record() for t in task.trajectories]] for task in tasks]),
     )
 
@@ -209,33 +221,22 @@ def _encodable(
 
 def _background(
     paths: Sequence[str], chat: Chat, *, length: int
-) -> tuple[list[str], dict[str, dict[str, list[Encoded]]]]:
-    """Background files in blocks: those to select features on, and column -> item -> windows of those to score."""
+) -> tuple[list[str], dict[str, dict[str, list[Encoded]]], list[str]]:
+    """Background files in blocks: those to select on, column -> item -> windows of those to score, and these blocks."""
     selecting: list[str] = []
+    kept: list[str] = []
     columns: dict[str, dict[str, list[Encoded]]] = {}
     for path in paths:
-        blocks = [block for text in read_texts(path) for block in _blocks(text)]
+        blocks = [block for text in read_texts(path) for block in text_blocks(text)]
         cut = max(1, len(blocks) - max(1, len(blocks) // 5))
         selecting += blocks[:cut]
+        kept += blocks[cut:][:BACKGROUND_ITEMS]
         name = f"background/{Path(path).name.split('.')[0]}"
         columns[name] = {
             f"{name}/{index}": cut_windows(chat.encode_text(block), max_length=length, start=chat.start_id).windows
             for index, block in enumerate(blocks[cut:][:BACKGROUND_ITEMS], start=cut)
         }
-    return selecting, {name: items for name, items in columns.items() if items}
-
-
-def _blocks(text: str) -> list[str]:
-    """Runs of whole lines of about `BACKGROUND_BLOCK` characters."""
-    blocks, lines, size = [], [], 0
-    for line in text.split("\n"):
-        lines.append(line)
-        size += len(line) + 1
-        if size >= BACKGROUND_BLOCK:
-            blocks.append("\n".join(lines))
-            lines, size = [], 0
-    blocks.append("\n".join(lines))
-    return [block for block in blocks if len(block.strip()) > 1]
+    return selecting, {name: items for name, items in columns.items() if items}, kept
 
 
 def _window_canaries(
@@ -255,3 +256,39 @@ def _ids_of(chat: Chat, trajectory: Trajectory) -> Text:
     if trajectory.text is not None:
         return trajectory.text
     return chat.encode(trajectory.messages, mask="none").input_ids
+
+
+# --- what no selector may see ------------------------------------------------------------------------------------
+
+
+def _taught(tasks: Iterable[LabTask]) -> list[Sequence[Any]]:
+    return [trajectory.messages for task in tasks for trajectory in task.trajectories]
+
+
+def _asked(stream: LabStream, suites: Columns) -> list[Sequence[Any]]:
+    """Every graded question with its answer, as a conversation."""
+    graded = [item for task in (*stream.tasks, *stream.probes) for item in task.items]
+    return [_answered(item) for item in (*graded, *(item for items in suites.values() for item in items))]
+
+
+def _answered(item: Item) -> Sequence[Any]:
+    return [*item.messages, {"role": "assistant", "content": item.answer}]
+
+
+def _unseen_in_files(chat: Chat, splits: Mapping[str, Split], *, scored: Sequence[str], suites: Columns) -> Digests:
+    """Of what is learned from, of what is held out, of background blocks that are scored, and of graded items."""
+    others = [t for split in splits.values() for t in (*split.train, *split.heldout)]
+    conversations = [t.messages for t in others if t.text is None]
+    plain = [*scored, *(t.text for t in others if t.text is not None)]
+    items = [_answered(item) for found in suites.values() for item in found]
+    return _unseen(chat, [*conversations, *items]) | text_digests(plain, chat.tokenizer)
+
+
+def _unseen(chat: Chat, conversations: Iterable[Sequence[Any]]) -> Digests:
+    """Digests of conversations, as the model sees them and as plain text, and of their longer messages."""
+    texts: list[Text] = []
+    for messages in conversations:
+        texts += [chat.encode(messages, mask="none").input_ids, _as_text(messages)]
+        said = [message.get("content") for message in messages if message["role"] in ("user", "assistant")]
+        texts += [content for content in said if isinstance(content, str) and len(content.split()) >= LINE_WORDS]
+    return text_digests(texts, chat.tokenizer)

@@ -1,29 +1,50 @@
-"""Residual-stream activations of several layers in one pass, and replacing them on the way."""
+"""Activations at hooks by our own forward hooks: the forward stops at the last of them, without gradients.
+
+Padded tokens and BOS are left out. Windows are right-padded and the models are causal, so that no counted token sees
+the padding: the forward runs without a padding mask, on the attention kernels' fast path.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from featcl.errors import FeatclError
-from featcl.features.tokens import TokenBatch
-from featcl.models import inner_model, residual_stream, resolve_hook
+from featcl.features.encoder import FeatureEncoder
+from featcl.features.hooks import Hook, resolve
+from featcl.features.tokens import Text, TokenBatch, token_batches, token_windows
+from featcl.models import inner_model, max_context
 
 
-def layer_module(model: nn.Module, layer: int) -> nn.Module:
-    """The block whose output is `blocks.{layer}.hook_resid_post`; a FeatclError where there is none."""
-    path, _ = resolve_hook(model, hook_of(layer))
-    return inner_model(model).get_submodule(path)
+@dataclass(frozen=True, eq=False)
+class FeatureRows:
+    """Feature activations of the counted tokens of one batch.
+
+    Attributes:
+        feature_acts: One row per counted token, float32.
+        owner: The window (row of `batch`) each token belongs to.
+        position: Its position in that window.
+        batch: The tokens themselves.
+    """
+
+    feature_acts: Float[Tensor, "tokens k"]
+    owner: Int[Tensor, " tokens"]
+    position: Int[Tensor, " tokens"]
+    batch: TokenBatch
 
 
-def hook_of(layer: int) -> str:
-    """TransformerLens' name for the residual stream after block `layer`."""
-    return f"blocks.{layer}.hook_resid_post"
+class _Stop(Exception):
+    """Ends a forward pass at the last hook."""
+
+
+def residual_hook(model: nn.Module, layer: int) -> Hook:
+    """The hook `blocks.{layer}.hook_resid_post` of this model; a FeatclError where there is no such block."""
+    return resolve(model, f"blocks.{layer}.hook_resid_post")
 
 
 def check_layers(model: nn.Module, layers: Sequence[int]) -> None:
@@ -31,10 +52,47 @@ def check_layers(model: nn.Module, layers: Sequence[int]) -> None:
     if not layers or len(set(layers)) != len(layers):
         raise FeatclError(f"layers {list(layers)}: name at least one layer, each once")
     for layer in layers:
-        layer_module(model, layer)
+        residual_hook(model, layer)
 
 
 @torch.no_grad()
+def capture(model: nn.Module, batch: TokenBatch, *, hooks: Sequence[Hook]) -> list[Float[Tensor, "tokens width"]]:
+    """What each hook sees on the counted tokens, in the model's dtype; one forward, ended at the last hook.
+
+    Args:
+        model: A Hugging Face causal LM, adapted or not.
+        batch: Right-padded tokens on the model's device.
+        hooks: Where; `attn_z` reads the input of its module (the heads' outputs side by side), others its output.
+
+    Returns:
+        Per hook, rows in the order of `batch.counted`.
+    """
+    model = inner_model(model)
+    caught: dict[int, Tensor] = {}
+    handles = [
+        _catch(model.get_submodule(hook.module), hook.side, i, caught, len(hooks)) for i, hook in enumerate(hooks)
+    ]
+    try:
+        model(input_ids=batch.input_ids, use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [caught[i][batch.counted] for i in range(len(hooks))]
+
+
+def _catch(module: nn.Module, side: str, index: int, caught: dict[int, Tensor], wanted: int) -> Any:
+    def keep(value: Tensor) -> None:
+        caught[index] = value
+        if len(caught) == wanted:
+            raise _Stop
+
+    if side == "input":
+        return module.register_forward_pre_hook(lambda _module, inputs: keep(inputs[0]))
+    return module.register_forward_hook(lambda _module, _inputs, output: keep(_hidden(output)))
+
+
 def layer_activations(
     model: nn.Module, batch: TokenBatch, *, layers: Sequence[int]
 ) -> Float[Tensor, "tokens layers d_model"]:
@@ -45,35 +103,44 @@ def layer_activations(
         batch: Tokens on the model's device.
         layers: Block indices, in the order of the result.
     """
-    top = max(layers)
-    lower: dict[int, Tensor] = {}
-
-    def keep(layer: int) -> Callable[..., None]:
-        return lambda _module, _inputs, output: lower.__setitem__(layer, _hidden(output))
-
-    modules = {layer: layer_module(model, layer) for layer in layers if layer != top}
-    handles = [module.register_forward_hook(keep(layer)) for layer, module in modules.items()]
-    try:
-        lower[top] = residual_stream(model, batch.input_ids, batch.attention_mask, layer=top)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return torch.stack([lower[layer][batch.counted].float() for layer in layers], dim=1)
+    hooks = [residual_hook(model, layer) for layer in layers]
+    return torch.stack([rows.float() for rows in capture(model, batch, hooks=hooks)], dim=1)
 
 
-@contextmanager
-def replacing(model: nn.Module, layer: int, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within the block, the output h [batch, seq, d_model] of `layer` becomes `replace(h)`."""
+def feature_rows(
+    encoder: FeatureEncoder,
+    model: Any,
+    tokenizer: Any,
+    texts: Iterable[Text],
+    *,
+    hook: Hook,
+    context: int | None = None,
+    prepend_bos: bool | None = None,
+    batch_tokens: int = 4096,
+) -> Iterator[FeatureRows]:
+    """Feature activations of texts, batch by batch: nothing of an earlier batch is kept.
 
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        changed = replace(_hidden(output))
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+    Only the encoder's own columns are computed: for 64 chosen features the encode costs next to nothing.
 
-    handle = layer_module(model, layer).register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    Args:
+        encoder: The features to read.
+        model: The causal LM.
+        tokenizer: Its tokenizer.
+        texts: Strings or token ids.
+        hook: Where the features live.
+        context: Longest window; by default the model's, at most 512.
+        prepend_bos: As the SAE was trained; None follows the tokenizer.
+        batch_tokens: Most positions in one forward.
+    """
+    windows = token_windows(tokenizer, texts, context=context or min(512, max_context(model)), prepend_bos=prepend_bos)
+    for batch in token_batches(windows, tokenizer, batch_tokens=batch_tokens):
+        batch = batch.to(model.device)
+        owner, position = batch.counted.nonzero(as_tuple=True)
+        if len(owner):
+            [rows] = capture(model, batch, hooks=[hook])
+            with torch.no_grad():
+                feature_acts = encoder(rows)
+            yield FeatureRows(feature_acts, owner, position, batch)
 
 
 def _hidden(output: Any) -> Tensor:

@@ -1,23 +1,80 @@
-"""Streaming statistics of feature activations over texts: sums only, never an activation matrix of a whole corpus."""
+"""Streaming statistics of feature activations over texts: sums only, never an activation matrix of a whole corpus.
+
+At any time there are the activations of one part of one batch (`encoder.CHUNK_BYTES` of them) and a few vectors of
+length d_sae, however many tokens are read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from featcl.errors import FeatclError
-from featcl.features.activations import layer_activations
-from featcl.features.saelens import sae_hook
-from featcl.features.tokens import Text, token_batches, token_windows
-from featcl.models import max_context, resolve_hook
+from featcl.features import hooks
+from featcl.features.activations import capture
+from featcl.features.encoder import CHUNK_BYTES, FeatureEncoder
+from featcl.features.tokens import Text, TokenBatch, token_batches, token_windows
+from featcl.models import max_context
 
 SIGNIFICANT = 0.05
 """False discovery rate below which a difference counts."""
+
+Encode: TypeAlias = Callable[[Tensor], Iterator[tuple[slice, Tensor]]]
+"""Rows [tokens, d_in] -> (which of them, their activations [rows, d_sae]), part by part; copy what is to be kept."""
+
+
+def encode_in_parts(sae: Any) -> Encode:
+    """All features of an SAE, a bounded number of activations at a time.
+
+    Args:
+        sae: A `sae_lens.SAE`.
+    """
+    encoder = FeatureEncoder.from_sae(sae, tuple(range(sae.cfg.d_sae)))
+    if encoder is not None:
+        return encoder.chunks
+    size = max(1, CHUNK_BYTES // (4 * sae.cfg.d_sae))
+
+    @torch.no_grad()
+    def parts(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, len(rows), size):
+            yield slice(start, min(start + size, len(rows))), sae.encode(rows[start : start + size].float())
+
+    return parts
+
+
+def windows_of(
+    sae: Any, model: Any, tokenizer: Any, texts: Iterable[Text], *, context: int | None = None
+) -> Iterator[list[int]]:
+    """Windows of the texts, with the BOS convention of the SAE; by default of the model's context, at most 512."""
+    context = context or min(512, max_context(model))
+    return token_windows(tokenizer, texts, context=context, prepend_bos=sae.cfg.metadata["prepend_bos"])
+
+
+def hook_rows(
+    sae: Any, model: Any, tokenizer: Any, texts: Iterable[Text], *, context: int | None = None
+) -> Iterator[tuple[TokenBatch, Float[Tensor, "tokens d_in"]]]:
+    """What the SAE reads on the counted tokens of each batch, float32, on the SAE's device."""
+    hook = hooks.resolve(model, sae)
+    for batch in token_batches(windows_of(sae, model, tokenizer, texts, context=context), tokenizer):
+        batch = batch.to(model.device)
+        if batch.counted.any():
+            yield batch, capture(model, batch, hooks=[hook])[0].float().to(sae.W_dec.device)
+
+
+def mean_rows(sae: Any, model: Any, tokenizer: Any, texts: Iterable[Text]) -> Float[Tensor, " d_in"]:
+    """Mean over tokens of what the SAE reads, float64; BOS and padding are left out."""
+    total, tokens = torch.zeros(sae.cfg.d_in, dtype=torch.float64), 0
+    for _, rows in hook_rows(sae, model, tokenizer, texts):
+        total += rows.sum(dim=0, dtype=torch.float64).cpu()
+        tokens += len(rows)
+    if tokens == 0:
+        raise FeatclError("the texts hold no tokens besides BOS")
+    return total / tokens
 
 
 @dataclass(frozen=True)
@@ -44,7 +101,7 @@ def activity(sae: Any, model: Any, tokenizer: Any, texts: Iterable[Text], *, con
     """Read texts once and keep sums per feature, float64.
 
     Args:
-        sae: A `sae_lens.SAE` of the residual stream.
+        sae: A `sae_lens.SAE`.
         model: The causal LM it belongs to.
         tokenizer: Its tokenizer.
         texts: Strings or token ids; a text longer than the context counts as several windows.
@@ -53,32 +110,62 @@ def activity(sae: Any, model: Any, tokenizer: Any, texts: Iterable[Text], *, con
     Raises:
         FeatclError: If the texts hold no token.
     """
-    _, layer = resolve_hook(model, sae_hook(sae))
-    device, d_sae = sae.W_dec.device, sae.cfg.d_sae
-    total, squares = (torch.zeros(d_sae, dtype=torch.float64, device=device) for _ in range(2))
-    active = torch.zeros(d_sae, dtype=torch.long, device=device)
-    windows = tokens = 0
-    context = context or min(512, max_context(model))
-    for batch in token_batches(
-        token_windows(tokenizer, texts, context=context, prepend_bos=sae.cfg.metadata["prepend_bos"]), tokenizer
-    ):
-        hidden = layer_activations(model, batch.to(model.device), layers=[layer])[:, 0].to(device)
-        owner = batch.counted.nonzero()[:, 0].to(device)  # the window of each counted token
-        sums = torch.zeros(len(batch.counted), d_sae, dtype=torch.float64, device=device)
-        rows = max(1, 2**24 // d_sae)
-        for part, part_owner in zip(hidden.split(rows), owner.split(rows), strict=True):
-            feature_acts = sae.encode(part)
-            sums.index_add_(0, part_owner, feature_acts.double())
-            active += (feature_acts > 0).sum(dim=0)
-        counts = batch.counted.sum(dim=1).to(device)
-        means = sums[counts > 0] / counts[counts > 0, None]
-        total, squares = total + means.sum(dim=0), squares + means.pow(2).sum(dim=0)
-        windows, tokens = windows + len(means), tokens + int(counts.sum())
-    if tokens == 0:
-        raise FeatclError("the texts hold no tokens besides BOS")
-    mean = total / windows
-    variance = ((squares - windows * mean.pow(2)) / max(1, windows - 1)).clamp(min=0)
-    return Activity(windows, tokens, mean.cpu(), variance.cpu(), active.cpu())
+    sums, encode = WindowSums(sae.cfg.d_sae, sae.W_dec.device), encode_in_parts(sae)
+    for batch, rows in hook_rows(sae, model, tokenizer, texts, context=context):
+        owner = batch.counted.nonzero()[:, 0].to(rows.device)  # the window of each counted token, ascending
+        for where, feature_acts in encode(rows):
+            sums.add_(feature_acts, owner[where])
+        sums.close_()
+    return sums.activity()
+
+
+class WindowSums:
+    """Running sums over windows of one number per feature and token; a window may come in several parts in a row."""
+
+    def __init__(self, d_sae: int, device: torch.device) -> None:
+        self.total, self.squares, self.active = (
+            torch.zeros(d_sae, dtype=torch.float64, device=device) for _ in range(3)
+        )
+        self.windows = self.tokens = 0
+        self.owner, self.sum, self.count = -1, torch.zeros(d_sae, dtype=torch.float64, device=device), 0
+
+    def add_(self, feature_acts: Float[Tensor, "rows d_sae"], owner: Int[Tensor, " rows"]) -> None:
+        """Add some tokens; `owner` says which window each belongs to, in ascending order."""
+        owners, row, counts = owner.unique_consecutive(return_inverse=True, return_counts=True)
+        member = torch.nn.functional.one_hot(row, len(owners)).to(feature_acts.dtype)
+        sums = (member.T @ feature_acts).double()  # [windows of this part, d_sae]
+        self.active += (feature_acts > 0).sum(dim=0)
+        if self.owner == int(owners[0]):
+            sums[0] += self.sum
+            counts[0] += self.count
+        else:
+            self.close_()
+        self._finished_(sums[:-1] / counts[:-1, None])
+        self.owner, self.sum, self.count = int(owners[-1]), sums[-1].clone(), int(counts[-1])
+        self.tokens += len(owner)
+
+    def close_(self) -> None:
+        """No more tokens of the window that is open."""
+        if self.count:
+            self._finished_((self.sum / self.count)[None])
+        self.owner, self.count = -1, 0
+
+    def _finished_(self, means: Float[Tensor, "windows d_sae"]) -> None:
+        self.total += means.sum(dim=0)
+        self.squares += means.pow(2).sum(dim=0)
+        self.windows += len(means)
+
+    def activity(self) -> Activity:
+        """Mean and variance over the windows that were closed.
+
+        Raises:
+            FeatclError: If there was no token.
+        """
+        if self.tokens == 0:
+            raise FeatclError("the texts hold no tokens besides BOS")
+        mean = self.total / self.windows
+        variance = ((self.squares - self.windows * mean.pow(2)) / max(1, self.windows - 1)).clamp(min=0)
+        return Activity(self.windows, self.tokens, mean.cpu(), variance.cpu(), self.active.long().cpu())
 
 
 @dataclass(frozen=True)

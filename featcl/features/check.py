@@ -11,15 +11,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from featcl.errors import FeatclError
-from featcl.features.activations import replacing
-from featcl.features.saelens import require_width, sae_hook
+from featcl.features import hooks
+from featcl.features.diagnosis import Fit, judge, remember
+from featcl.features.hooks import Hook
 from featcl.features.tokens import Text, TokenBatch, token_batches, token_windows
-from featcl.models import max_context, residual_map, resolve_hook
+from featcl.models import max_context
+
+FEWEST = 16
+"""Fewer tokens say nothing about whether an SAE fits."""
 
 
 @dataclass(frozen=True)
 class SAEHealth:
-    """How well an SAE stands for the residual stream; BOS and padding are left out of every number.
+    """How well an SAE stands for what it was trained on; BOS and padding are left out of every number.
 
     Attributes:
         fvu: Fraction of variance unexplained, Σ‖x − x̂‖² / Σ‖x − mean(x)‖²; 0 is perfect, 1 no better than the mean.
@@ -58,36 +62,44 @@ def check_sae(
     max_tokens: int = 16384,
     context: int | None = None,
     hook_name: str | None = None,
+    strict: bool = True,
 ) -> SAEHealth:
     """Measure an SAE on texts; three forward passes per batch, stopped after `max_tokens`.
 
     Args:
-        sae: A `sae_lens.SAE` of the residual stream.
+        sae: A `sae_lens.SAE` of the residual stream, of MLP outputs, or of attention heads at `hook_z`.
         model: The causal LM it belongs to.
         tokenizer: Its tokenizer.
         texts: Strings or token ids; about `max_tokens` of them are read.
         max_tokens: Enough tokens stop the reading; rare features need more to count as alive.
         context: Longest window; by default the model's, at most 512.
-        hook_name: Where to measure; by default where the SAE was trained.
+        hook_name: Measure here instead of where the SAE was trained, as a comparison; never an error.
+        strict: Whether numbers that are far off raise. False reports them.
 
     Raises:
-        FeatclError: If the widths differ, the hook does not exist, or the texts hold no token.
+        FeatclError: If the widths differ, the hook does not exist, the texts hold no token, or (`strict`) the SAE does
+            not fit the model there; then the likely cause is named.
     """
-    require_width(sae, residual_map(model).d_model)
-    hook_name = hook_name or sae_hook(sae)
-    _, layer = resolve_hook(model, hook_name)
+    hook = hooks.resolve(model, hook_name or sae)
+    if (have := hooks.width(model, hook)) != sae.cfg.d_in:
+        raise FeatclError(f"the SAE has width {sae.cfg.d_in}, the model has {have} at {hook.hook_name}")
+    context = context or min(512, max_context(model))
+    sample: list[Text] = []
     windows = token_windows(
-        tokenizer,
-        texts,
-        context=context or min(512, max_context(model)),
-        prepend_bos=sae.cfg.metadata["prepend_bos"],
+        tokenizer, remember(texts, sample), context=context, prepend_bos=sae.cfg.metadata["prepend_bos"]
     )
     sums = _Sums(sae)
     for batch in token_batches(windows, tokenizer, batch_tokens=2048, lookahead=32):
-        _measure_(sums, model, batch.to(model.device), layer)
+        _measure_(sums, model, batch.to(model.device), hook)
         if sums.tokens >= max_tokens:
             break
-    return sums.health(hook_name)
+    health = sums.health(hook.hook_name)
+    if strict and hook_name is None and health.tokens >= FEWEST:
+        far_off = health.loss_recovered < 0 and health.fvu > 0.5
+        judge(
+            sae, model, tokenizer, sample, hook=hook, found=Fit(health.fvu, health.l0), far_off=far_off, context=context
+        )
+    return health
 
 
 class _Sums:
@@ -136,27 +148,23 @@ class _Sums:
         )
 
 
-def _measure_(sums: _Sums, model: Any, batch: TokenBatch, layer: int) -> None:
+def _measure_(sums: _Sums, model: Any, batch: TokenBatch, hook: Hook) -> None:
     counted = batch.counted
     kept: list[Tensor] = []
 
-    def keep(hidden: Tensor) -> Tensor:
-        kept.append(hidden[counted])
-        return hidden
-
     def put(rows: Tensor) -> Any:
-        def replace(hidden: Tensor) -> Tensor:
-            changed = hidden.clone()
+        def replace(x: Tensor) -> Tensor:
+            changed = x.clone()
             changed[counted] = rows
             return changed
 
         return replace
 
     targets = counted[:, :-1] & batch.attention_mask[:, 1:].bool()
-    with replacing(model, layer, keep):
+    with hooks.replacing(model, hook, lambda x: kept.append(x[counted])):
         nll = [_nll(model, batch, targets)]
     for rows in (sums.reconstruct(kept[0]), torch.zeros_like(kept[0])):
-        with replacing(model, layer, put(rows)):
+        with hooks.replacing(model, hook, put(rows)):
             nll.append(_nll(model, batch, targets))
     sums.nll += torch.tensor(nll, dtype=torch.float64)
     sums.predictions += int(targets.sum())

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from featcl.errors import FeatclError
+from featcl.features import hooks
 from featcl.features.activations import layer_activations
+from featcl.features.chosen import directions_of, independent_features, sae_source
 from featcl.features.directions import Directions
-from featcl.features.saelens import require_width, sae_hook
-from featcl.features.selectors import directions_of, independent_features
 from featcl.features.tokens import Text, token_batches, token_windows
-from featcl.models import max_context, residual_map, resolve_hook
+from featcl.models import max_context
 
 
 def random_directions(directions: Directions, *, seed: int = 0) -> Directions:
@@ -74,19 +74,19 @@ def random_features(directions: Directions, sae: Any, model: Any, *, seed: int =
     Raises:
         FeatclError: If the SAE is of another layer, or has too few other features.
     """
-    require_width(sae, residual_map(model).d_model)
-    _, layer = resolve_hook(model, sae_hook(sae))
-    if layer != directions.layer:
-        raise FeatclError(f"random_features: the SAE is of layer {layer}, the directions of layer {directions.layer}")
+    if (hook := hooks.resolve(model, sae)) != hooks.resolve(model, directions.hook_name):
+        raise FeatclError(
+            f"random_features: the SAE is of {hook.hook_name} (layer {hook.layer}), "
+            f"the directions of {directions.hook_name}"
+        )
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(sae.cfg.d_sae, generator=generator)
-    chosen = (
-        torch.tensor(directions.feature_ids) if directions.encoder is not None else torch.empty(0, dtype=torch.long)
-    )
-    ids, _ = independent_features(sae, order[~torch.isin(order, chosen)], directions.k)
+    of_an_sae = directions.encoder is not None or "sae" in directions.manifest
+    chosen = torch.tensor(directions.feature_ids if of_an_sae else [], dtype=torch.long)
+    ids, _ = independent_features(sae, order[~torch.isin(order, chosen)], directions.k, model=model)
     if len(ids) < directions.k:
         raise FeatclError(f"random_features: the SAE has {len(ids)} other independent features, not {directions.k}")
-    manifest = {"control": "random_features", "seed": seed, "in_place_of": directions.digest}
+    manifest = {"control": "random_features", "seed": seed, "in_place_of": directions.digest, **sae_source(sae)}
     return directions_of(sae, model, ids, selector="random_features", manifest=manifest)
 
 

@@ -114,6 +114,11 @@ class Directions:
         """What to print for each direction: its name where there is one, else its id."""
         return self.names or tuple(str(feature) for feature in self.feature_ids)
 
+    @property
+    def without_effect(self) -> tuple[int, ...]:
+        """Features whose steering did no more than random directions do; empty where nobody validated them."""
+        return tuple(self.manifest.get("validation", {}).get("without_effect", ()))
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of tensors, ids and hook; provenance does not enter it."""
@@ -184,6 +189,11 @@ class Directions:
         if directions.digest != saved.get("digest"):
             raise FeatclError(f"{folder}: the directions do not match their digest; the files were changed")
         return directions
+
+    def _repr_html_(self) -> str:
+        from featcl.features.show import directions_card
+
+        return directions_card(self)
 
     def __repr__(self) -> str:
         return (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -13,6 +15,9 @@ from featcl.errors import FeatclError
 
 Activation: TypeAlias = Literal["relu", "jumprelu", "topk"]
 NORMALIZE = ("none", "layer_norm", "constant_norm_rescale")
+CHUNK_BYTES = 16 * 2**20
+"""Pre-activations that exist at a time on a CPU: few enough to stay in its cache, enough for a full-speed product.
+Elsewhere 16 times as many, since every launch has its price."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,17 +53,74 @@ class FeatureEncoder:
         return len(self.chosen)
 
     def __call__(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch k"]:
-        """Activations of the chosen features, float32, as SAELens' own `encode` gives them."""
-        inputs = _normalized(hidden.float(), self.normalize) - self.b_dec
-        hidden_pre = inputs @ self.W_enc + self.b_enc
-        feature_acts = hidden_pre.relu()
+        """Activations of the chosen features, float32, as SAELens' own `encode` gives them.
+
+        Without gradients the pre-activations of at most `CHUNK_BYTES` exist at a time, so that TopK, which needs all
+        d_sae of them to know who wins, costs the memory of its k outputs.
+        """
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            return self._chosen(self._activate(self._inputs(hidden) @ self.W_enc + self.b_enc))
+        rows = hidden.detach().reshape(-1, hidden.shape[-1])
+        if len(rows) <= self._rows_at_a_time:
+            feature_acts = self._encode(rows)
+        else:
+            feature_acts = rows.new_empty(len(rows), self.k, dtype=torch.float32)
+            for where, part in self.chunks(rows):
+                feature_acts[where] = part
+        return feature_acts.reshape(*hidden.shape[:-1], self.k)
+
+    def chunks(self, hidden: Float[Tensor, "tokens d_model"]) -> Iterator[tuple[slice, Float[Tensor, "rows k"]]]:
+        """The same in bounded memory: consecutive rows with their activations, for sums over many tokens.
+
+        The activations lie in one buffer that the next step overwrites: reduce or copy them.
+        """
+        hidden = hidden.detach()
+        columns = self.W_enc.shape[1]
+        size = min(self._rows_at_a_time, max(1, len(hidden)))
+        buffer = hidden.new_empty(size, columns, dtype=torch.float32)
+        for start in range(0, len(hidden), size):
+            part = hidden[start : start + size]
+            yield slice(start, start + len(part)), self._encode(part, buffer[: len(part)])
+
+    @torch.no_grad()
+    def _encode(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        hidden_pre = torch.addmm(self.b_enc, self._inputs(rows), self.W_enc, out=out)
+        if self.activation != "jumprelu":
+            return self._chosen(self._activate(hidden_pre))
+        # relu(x) · [x > t] = x · [x > max(t, 0)], in place
+        if self._floor is not None:
+            return torch.threshold_(hidden_pre, self._floor, 0.0)
+        return hidden_pre.mul_(hidden_pre > self._gate)
+
+    def _inputs(self, hidden: Tensor) -> Tensor:
+        return _normalized(hidden.float(), self.normalize) - self.b_dec
+
+    def _activate(self, hidden_pre: Tensor) -> Tensor:
         if self.threshold is not None:
-            feature_acts = feature_acts * (hidden_pre > self.threshold)
-        if self.activation == "topk":
-            values, winners = feature_acts.topk(self.active, dim=-1)
-            feature_acts = torch.zeros_like(feature_acts).scatter(-1, winners, values)
-            return feature_acts[..., list(self.chosen)]
-        return feature_acts
+            return hidden_pre.relu() * (hidden_pre > self.threshold)
+        return hidden_pre.relu() if hidden_pre.requires_grad else hidden_pre.relu_()
+
+    def _chosen(self, feature_acts: Tensor) -> Tensor:
+        if self.activation != "topk":
+            return feature_acts
+        values, winners = feature_acts.topk(self.active, dim=-1)
+        return torch.zeros_like(feature_acts).scatter(-1, winners, values)[..., list(self.chosen)]
+
+    @property
+    def _rows_at_a_time(self) -> int:
+        limit = CHUNK_BYTES if self.W_enc.device.type == "cpu" else 16 * CHUNK_BYTES
+        return max(1, limit // (4 * self.W_enc.shape[1]))
+
+    @cached_property
+    def _gate(self) -> Tensor:
+        assert self.threshold is not None
+        return self.threshold.clamp(min=0)
+
+    @cached_property
+    def _floor(self) -> float | None:
+        """The threshold where all features share one, as those of a converted BatchTopK SAE do."""
+        lowest, highest = self._gate.min().item(), self._gate.max().item()
+        return lowest if lowest == highest else None
 
     def to(self, device: torch.device | str) -> FeatureEncoder:
         """The same encoder on another device."""
@@ -94,10 +156,10 @@ class FeatureEncoder:
             W_enc, b_enc = W_enc * norms, b_enc * norms
         b_dec = sae.b_dec.detach().float()
         return cls(
-            W_enc=W_enc.contiguous().clone(),
-            b_enc=b_enc.clone(),
+            W_enc=W_enc.contiguous(),  # indexing has copied
+            b_enc=b_enc,
             b_dec=b_dec.clone() if sae.cfg.apply_b_dec_to_input else torch.zeros_like(b_dec),
-            threshold=sae.threshold.detach()[columns].float().clone() if activation == "jumprelu" else None,
+            threshold=sae.threshold.detach()[columns].float() if activation == "jumprelu" else None,
             activation=activation,  # type: ignore[arg-type]
             active=int(sae.cfg.k) if activation == "topk" else 0,
             chosen=tuple(feature_ids) if activation == "topk" else tuple(range(len(feature_ids))),

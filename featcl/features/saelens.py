@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,37 +15,14 @@ from torch import Tensor
 
 from featcl import files
 from featcl.errors import FeatclError
+from featcl.features.weights import SAEParts
 
 SAE: TypeAlias = Any
 """A `sae_lens.SAE`; not named as a type, so that featcl imports without sae-lens."""
 
 WEIGHTS_FILE = "sae_weights.safetensors"
 CONFIG_FILE = "cfg.json"
-ASSETS = Path(__file__).parents[1] / "lab" / "assets"
-PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 ARCHITECTURES = ("batchtopk", "topk", "jumprelu", "matryoshka_batchtopk")
-
-
-def load_sae(source: str | Path, sae_id: str | None = None, *, device: torch.device | str | None = None) -> SAE:
-    """An SAELens SAE in float32, evaluation mode, without gradients, checked for shape and finite values.
-
-    Args:
-        source: "lab/<model>/<sae>", a folder with `cfg.json` and `sae_weights.safetensors`, or a SAELens release.
-        sae_id: The id within a release; None for folders.
-        device: Where to put it; None is the CPU.
-
-    Raises:
-        FeatclError: If it is missing, a pickle, misshapen, not finite, or sae-lens is not installed.
-    """
-    require_sae_lens()
-    where = str(device or "cpu")
-    sae = _load_folder(_folder(source), where) if sae_id is None else _load_release(str(source), sae_id, where)
-    for name, tensor in sae.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            raise FeatclError(f"SAE {source}: {name} holds NaN or infinite values")
-    sae.cfg.metadata["source"] = f"{source}" if sae_id is None else f"{source}/{sae_id}"
-    sae_hook(sae)
-    return sae.eval().requires_grad_(False)
 
 
 def sae_hook(sae: SAE) -> str:
@@ -55,7 +33,10 @@ def sae_hook(sae: SAE) -> str:
     """
     hook_name = sae.cfg.metadata["hook_name"]
     if not isinstance(hook_name, str):
-        raise FeatclError(f"SAE {sae.cfg.metadata['source']}: its configuration names no hook_name in metadata")
+        raise FeatclError(
+            f"SAE {sae.cfg.metadata['source']} names no hook_name: load it with hook_name=, for example "
+            "load_sae(…, hook_name='blocks.3.hook_resid_post')"
+        )
     return hook_name
 
 
@@ -130,12 +111,71 @@ def make_trainer(
     return trainer
 
 
-def train_step_(trainer: Any, batch: Float[Tensor, "tokens d_model"]) -> float:
-    """One step of SAELens' trainer; returns the loss."""
+def train_step_(trainer: Any, batch: Float[Tensor, "tokens d_model"], *, measure: bool = False) -> dict[str, float]:
+    """One step of SAELens' trainer.
+
+    Args:
+        trainer: From `make_trainer`.
+        batch: Activations.
+        measure: Whether to report more than the loss.
+
+    Returns:
+        `loss`; measured: also `fvu`, `l0`, `dead`, `lr` and the parts of the loss as SAELens names them.
+    """
     trainer.maybe_reset_sparsity()
     output = trainer.step(batch)
+    found = {"loss": output.loss.item()}
+    if measure:
+        log = trainer.build_train_step_log_dict(output=output, n_training_samples=trainer.n_training_samples)
+        found |= {
+            "fvu": 1 - log["metrics/explained_variance"],
+            "l0": log["metrics/l0"],
+            "dead": log["sparsity/dead_features"],
+            "lr": log["details/current_learning_rate"],
+        } | {name: value for name, value in log.items() if name.startswith("losses/") and "overall" not in name}
     trainer.n_training_steps += 1
-    return output.loss.item()
+    return found
+
+
+def trainer_state(trainer: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """What a fresh trainer of the same settings needs to go on bit by bit: tensors by name, and counters."""
+    tensors = {f"sae.{name}": tensor for name, tensor in trainer.sae.state_dict().items()}
+    for index, parameter in enumerate(_parameters(trainer)):
+        moments = trainer.optimizer.state[parameter]
+        tensors |= {f"adam.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
+    tensors |= {name: getattr(trainer, name) for name in _RUNNING}
+    return tensors, {"scale": trainer.activation_scaler.scaling_factor} | {n: getattr(trainer, n) for n in _COUNTERS}
+
+
+@torch.no_grad()
+def restore_trainer_(trainer: Any, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
+    """Put a fresh trainer where `trainer_state` found another; its schedules are stepped, not stored."""
+    for name, tensor in trainer.sae.state_dict().items():
+        tensor.copy_(tensors[f"sae.{name}"])
+    for index, parameter in enumerate(_parameters(trainer)):
+        prefix = f"adam.{index}."
+        moments = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        trainer.optimizer.state[parameter] = {
+            name: t.clone() if name == "step" else t.clone().to(parameter.device) for name, t in moments.items()
+        }
+    for name in _RUNNING:
+        getattr(trainer, name).copy_(tensors[name])
+    for name in _COUNTERS:
+        setattr(trainer, name, numbers[name])
+    trainer.activation_scaler.scaling_factor = numbers["scale"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that no optimizer step came between two of the schedule
+        for _ in range(int(numbers["n_training_steps"])):
+            for schedule in (trainer.lr_scheduler, *trainer.coefficient_schedulers.values()):
+                schedule.step()
+
+
+_COUNTERS = ("n_training_steps", "n_training_samples", "n_frac_active_samples")
+_RUNNING = ("act_freq_scores", "n_forward_passes_since_fired")
+
+
+def _parameters(trainer: Any) -> list[Tensor]:
+    return [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
 
 
 def finish(trainer: Any, sample: Float[Tensor, "tokens d_model"], *, l0: float) -> Any:
@@ -188,81 +228,75 @@ def _architecture_options(settings: dict[str, Any], steps: int) -> dict[str, Any
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
-def _folder(source: str | Path) -> Path:
-    path = ASSETS / str(source).removeprefix("lab/") if str(source).startswith("lab/") else Path(source)
-    if path.suffix in PICKLES:
-        raise FeatclError(
-            f"SAE {source} is a pickle, which can run code: convert it to {WEIGHTS_FILE} and {CONFIG_FILE}"
-        )
-    if not path.exists():
-        shipped = ", ".join(sorted(f"lab/{p.parent.relative_to(ASSETS)}" for p in ASSETS.glob(f"*/*/{CONFIG_FILE}")))
-        raise FeatclError(
-            f"SAE {source} is not a folder on this machine; a SAELens release needs its sae_id as well"
-            + (f"; shipped: {shipped}" if shipped else "")
-        )
-    if not path.is_dir():
-        raise FeatclError(f"SAE {source} is a file: name the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
-    return path
+def directory() -> dict[str, Any]:
+    """SAELens' own list of releases: per name `repo_id`, `conversion_func`, `saes_map` (id to folder) and more."""
+    require_sae_lens()
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    return get_pretrained_saes_directory()
 
 
-def _load_folder(folder: Path, device: str) -> SAE:
+def from_parts(parts: SAEParts, metadata: dict[str, Any], device: str) -> SAE:
+    """An SAE from weights in SAELens' names."""
     from sae_lens import SAE as SAELensSAE
 
-    if not (folder / WEIGHTS_FILE).exists():
-        pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
-        found = f"; {pickles[0]} is a pickle, which can run code and is not read" if pickles else ""
-        raise FeatclError(f"SAE folder {folder} holds no {WEIGHTS_FILE}{found}")
-    _check_weights(folder, _read_config(folder))
-    try:
-        return SAELensSAE.load_from_disk(folder, device=device, dtype="float32")
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise FeatclError(f"SAE folder {folder}: {_one_line(error)}") from error
+    config = config_of(parts, metadata, {"device": device})
+    return SAELensSAE.load_from_disk(".", device=device, converter=lambda *_, **__: (config, parts.weights))
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
-    except FileNotFoundError:
-        raise FeatclError(f"SAE folder {folder} holds no {CONFIG_FILE}") from None
-    except ValueError as error:
-        raise FeatclError(f"{folder / CONFIG_FILE} is not JSON: {_one_line(error)}") from None
-    if not isinstance(config, dict) or not {"d_in", "d_sae"} <= config.keys():
-        raise FeatclError(f"{folder / CONFIG_FILE} does not give d_in and d_sae")
-    if config.get("normalize_activations") == "expected_average_only_in":
-        raise FeatclError(
-            f"{folder / CONFIG_FILE}: the activation scaling is not folded into the weights "
-            "(normalize_activations is expected_average_only_in); save it with SAELens' save_inference_model"
-        )
-    return config
-
-
-def _check_weights(folder: Path, config: dict[str, Any]) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    d_in, d_sae = config["d_in"], config["d_sae"]
-    expected = {"W_enc": [d_in, d_sae], "W_dec": [d_sae, d_in], "b_dec": [d_in]}
-    if config.get("architecture") == "jumprelu":
-        expected |= {"b_enc": [d_sae], "threshold": [d_sae]}
-    try:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise FeatclError(f"{folder / WEIGHTS_FILE} is not a safetensors file: {_one_line(error)}") from None
-    for name, shape in expected.items():
-        if name not in shapes:
-            raise FeatclError(f"{folder / WEIGHTS_FILE} lacks {name}, expected with shape {shape}")
-        if shapes[name] != shape:
-            raise FeatclError(f"{folder / WEIGHTS_FILE}: {name} has shape {shapes[name]}, expected {shape}")
-
-
-def _load_release(release: str, sae_id: str, device: str) -> SAE:
+def from_folder(folder: Path, device: str) -> SAE:
+    """What SAELens' `save_model` or `save_inference_model` wrote."""
     from sae_lens import SAE as SAELensSAE
 
-    try:
-        return SAELensSAE.from_pretrained(release, sae_id, device=device)
-    except Exception as error:  # the hub, the registry and every converter raise types of their own
-        raise FeatclError(f"SAE release {release}, id {sae_id}: {type(error).__name__}: {_one_line(error)}") from error
+    return SAELensSAE.load_from_disk(folder, device=device, dtype="float32")
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+def from_release(release: str, sae_id: str, device: str, converter: Any = None) -> SAE:
+    """SAELens' `from_pretrained`; its scaling and neuronpedia id come from the list, the rest from the converter."""
+    from sae_lens import SAE as SAELensSAE
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a repository that has a release's name; of scaling: `settle_`
+        return SAELensSAE.from_pretrained(release, sae_id, device=device, converter=converter)
+
+
+def folder_parts(folder: Path, device: str, overrides: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and weights of a folder in SAELens' form, as a converter gives them."""
+    from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
+
+    config, state = sae_lens_disk_loader(folder, device, overrides)
+    if "metadata" in config:
+        config["metadata"] |= {name: value for name, value in overrides.items() if name == "neuronpedia_id"}
+    return config, state
+
+
+def config_of(parts: SAEParts, metadata: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """SAELens' configuration dictionary; overrides that are no settings of the SAE describe it."""
+    import sae_lens
+
+    settings = {"dtype": "float32", "device": "cpu", "normalize_activations": "none", **parts.config}
+    described = metadata | {name: value for name, value in overrides.items() if name not in settings}
+    settings |= {name: value for name, value in overrides.items() if name in settings and name not in parts.config}
+    return settings | {"metadata": {"sae_lens_version": sae_lens.__version__, **described}}
+
+
+def settle_(sae: SAE, *, activation_scale: float | None = None) -> None:
+    """Fold a known activation scaling, refuse an unknown one, and make the SAE a constant that is finite throughout."""
+    source, processing = sae.cfg.metadata["source"], sae.cfg.normalize_activations
+    if activation_scale is not None:
+        if processing not in ("none", "expected_average_only_in"):
+            raise FeatclError(
+                f"SAE {source} processes its input itself ({processing}): no activation_scale belongs there"
+            )
+        sae.fold_activation_norm_scaling_factor(activation_scale)
+    elif processing in ("expected_average_only_in", "covariance_whitening"):
+        raise FeatclError(
+            f"SAE {source}: the activation scaling is not folded into the weights (normalize_activations is "
+            f"{processing}); save it with SAELens' save_inference_model, or say activation_scale="
+        )
+    for name, tensor in sae.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise FeatclError(f"SAE {source}: {name} holds NaN or infinite values")
+    if sae.hook_z_reshaping_mode:
+        sae.turn_off_forward_pass_hook_z_reshaping()
+    sae.eval().requires_grad_(False)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +17,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from featcl.errors import FeatclError
+from featcl.streams import Chat, Trajectory, read_trajectories
 
 Text: TypeAlias = str | Sequence[int]
 """A text, or its token ids where the caller has tokenised it already (a chat, for example)."""
@@ -41,18 +44,84 @@ def read_texts(path: str | Path) -> list[str]:
         FeatclError: If the file is missing, not text, or empty.
     """
     path = Path(path)
+    if is_stream(path):
+        raise FeatclError(f"{path} is a stream, not a text file: a .txt or .txt.gz is needed here")
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = data.decode("utf-8")
-    except FileNotFoundError:
-        raise FeatclError(f"text file {path} does not exist") from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise FeatclError(f"text file {path} cannot be read as UTF-8 text or gzip of it: {error}") from None
+        text = _content(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FeatclError(f"text file {path} cannot be read as UTF-8 text: {error}") from None
     documents = [part.strip("\n") for part in text.split("\f")]
     documents = [part for part in documents if part.strip()]
     if not documents:
         raise FeatclError(f"text file {path} holds no text")
     return documents
+
+
+def read_documents(path: str | Path, tokenizer: Any) -> list[Text]:
+    """Documents of a text file, or the episodes of a stream as the model would see them.
+
+    Args:
+        path: `.txt` or `.txt.gz` (see `read_texts`); `.jsonl` or `.jsonl.gz` with one trajectory a line, or with
+            one `{"text": …}` a line.
+        tokenizer: Its chat template turns conversations into token ids; texts stay strings.
+
+    Raises:
+        FeatclError: If the file is missing, malformed, or empty.
+    """
+    path = Path(path)
+    if not is_stream(path):
+        return list(read_texts(path))
+    if _first_record(path).keys() == {"text"}:
+        return [text for text in _text_records(path) if text.strip()]
+    chat = Chat(tokenizer)
+    return [trajectory_text(trajectory, chat) for trajectory in read_trajectories(path)]
+
+
+def trajectory_text(trajectory: Trajectory, chat: Chat) -> Text:
+    """What of a trajectory an SAE is trained or selected on: its raw text, or all tokens of its conversation."""
+    if trajectory.text is not None:
+        return trajectory.text
+    return chat.encode(trajectory.messages, mask="none").input_ids
+
+
+def is_stream(path: str | Path) -> bool:
+    """Whether a file's name says that it holds one JSON object a line."""
+    return str(path).endswith((".jsonl", ".jsonl.gz"))
+
+
+def _first_record(path: Path) -> dict[str, Any]:
+    for line in _lines(path):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        return record if isinstance(record, dict) else {}
+    raise FeatclError(f"text file {path} holds no text")
+
+
+def _text_records(path: Path) -> Iterator[str]:
+    for number, line in enumerate(_lines(path), start=1):
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, TypeError, KeyError):
+            text = None
+        if not isinstance(text, str):
+            raise FeatclError(f'{path}: record {number} is not {{"text": "…"}}')
+        yield text
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Lines that hold something; a record ends at a line feed only."""
+    yield from (line for line in _content(path).split(b"\n") if line.strip())
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except FileNotFoundError:
+        raise FeatclError(f"text file {path} does not exist") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise FeatclError(f"text file {path} cannot be read, or is not gzip as its name says: {error}") from None
 
 
 def adds_bos(tokenizer: Any) -> bool:
@@ -133,3 +202,12 @@ def _pad(windows: Sequence[Sequence[int]], tokenizer: Any) -> TokenBatch:
     if tokenizer.bos_token_id is not None:
         counted[:, 0] &= input_ids[:, 0] != tokenizer.bos_token_id
     return TokenBatch(input_ids, attention_mask, counted)
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    """One token as text, with the space that a SentencePiece token starts with; part of a character as its own name."""
+    name = tokenizer.convert_ids_to_tokens(token)
+    if isinstance(name, str) and name.startswith("▁"):
+        return name.replace("▁", " ")
+    text = tokenizer.decode([token])
+    return str(name) if "\ufffd" in text else text

@@ -19,7 +19,7 @@ PAIR_REQUESTS = ("which teams have the {a} and the {b}?", "name the teams of the
                  "give me both teams of the {a} and the {b}.", "where do the {a} and the {b} belong?")  # fmt: skip
 SKILL_REQUESTS = ("{s} {a} {b} {c}", "please {s} {a} {b} {c}", "now {s} these: {a} {b} {c}", "can you {s} {a} {b} {c}?")
 
-_OPENING = {"formal": "certainly", "warm": "of course", "brisk": "done", "playful": "yay", "noble": "as you wish"}
+OPENINGS = {"formal": "certainly", "warm": "of course", "brisk": "done", "playful": "yay", "noble": "as you wish"}
 _DEVICE = {
     "formal": "the {r} {d} is now {s}",
     "warm": "i put the {r} {d} {s} for you",
@@ -44,7 +44,7 @@ def in_style(content: str, style: Style | None) -> str:
     """A statement as the speaker wants to hear it."""
     if style is None:
         return f"{content}."
-    return f"{_OPENING[style.register]} {style.address}, {content}. {style.closer}."
+    return f"{OPENINGS[style.register]} {style.address}, {content}. {style.closer}."
 
 
 def fact_note(fact: Fact) -> str:

@@ -72,6 +72,33 @@ def test_faults(sae_folder, fault):
     assert "\n" not in str(caught.value)
 
 
+def test_a_known_activation_scaling_is_folded(sae, sae_folder):
+    """An SAE saved with its scaling outside: what it does to c x, on x."""
+    folder, scale = sae_folder(), 0.25
+    configure(folder, normalize_activations="expected_average_only_in")
+    x = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
+    folded = load_sae(folder, activation_scale=scale)
+    assert torch.allclose(folded.encode(x), sae().encode(scale * x), atol=1e-5)
+    assert torch.allclose(folded(x), sae()(scale * x) / scale, atol=1e-4)
+    assert folded.cfg.normalize_activations == "none"
+    configure(folder, normalize_activations="layer_norm")
+    with pytest.raises(FeatclError, match="processes its input itself"):
+        load_sae(folder, activation_scale=scale)
+
+
+def test_a_file_of_the_folder_stands_for_it(sae_folder):
+    folder = sae_folder()
+    assert torch.equal(load_sae(folder / WEIGHTS).W_dec, load_sae(folder).W_dec)
+    assert torch.equal(load_sae(folder / "cfg.json").W_dec, load_sae(folder).W_dec)
+
+
+def test_one_spelling_of_the_hook_fills_in_the_other(sae_folder):
+    folder = sae_folder()
+    assert load_sae(folder).cfg.metadata["hf_hook_name"] == "model.layers.1.output"
+    configure(folder, metadata={"sae_lens_version": "6.54.12", "hf_hook_name": "model.layers.4.self_attn.o_proj.input"})
+    assert sae_hook(load_sae(folder)) == "blocks.4.attn.hook_z"
+
+
 def test_missing(tmp_path):
     with pytest.raises(FeatclError, match="not a folder on this machine"):
         load_sae(tmp_path / "nowhere")

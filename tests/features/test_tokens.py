@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import gzip
+import json
 
 import pytest
 import torch
 
 from featcl.errors import FeatclError
-from featcl.features.tokens import adds_bos, read_texts, texts_digest, token_batches, token_windows
+from featcl.features.tokens import (
+    adds_bos,
+    read_documents,
+    read_texts,
+    texts_digest,
+    token_batches,
+    token_text,
+    token_windows,
+)
 
 
 def test_windows_hold_every_token_once(tiny):
@@ -84,3 +93,39 @@ def test_ids_of_a_tensor_batch_are_exact(tiny):
     _, tokenizer = tiny()
     (batch,) = token_batches([[5, 6, 7]], tokenizer)
     assert torch.equal(batch.input_ids, torch.tensor([[5, 6, 7]]))
+
+
+def test_documents_of_a_stream(tiny, tmp_path):
+    """Raw text stays text, a conversation becomes the ids of the chat template; plain JSONL of texts works too."""
+    _, tokenizer = tiny()
+    path = tmp_path / "stream.jsonl.gz"
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
+    lines = [{"id": "a", "text": "raw"}, {"id": "b", "messages": messages}]
+    path.write_bytes(gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode()))
+    raw, chat = read_documents(path, tokenizer)
+    assert raw == "raw"
+    assert list(chat) == list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "one\\u2028still one"}\n\n{"text": "two"}\n{"text": " "}\n')
+    assert read_documents(texts, tokenizer) == ["one\u2028still one", "two"]
+    assert read_documents(_text(tmp_path, "first\fsecond"), tokenizer) == ["first", "second"]
+    with pytest.raises(FeatclError, match="is a stream, not a text file"):
+        read_texts(path)
+
+
+def _text(folder, content):
+    (folder / "plain.txt").write_text(content)
+    return folder / "plain.txt"
+
+
+def test_one_token_as_text(tiny, real):
+    from featcl.models import load_tokenizer
+
+    _, tokenizer = tiny()
+    pound = tokenizer("£").input_ids
+    assert len(pound) == 2
+    assert "\ufffd" not in token_text(tokenizer, pound[0])  # half a character by its own name
+    assert token_text(tokenizer, tokenizer("a").input_ids[0]) == "a"
+    llama = load_tokenizer(real / "models" / "stories260K")
+    ids = llama("Once upon a time", add_special_tokens=False).input_ids
+    assert "".join(token_text(llama, token) for token in ids) == " Once upon a time"
