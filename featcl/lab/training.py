@@ -106,7 +106,7 @@ def batches(chat: Chat, source: Iterable[Conversation], *, tokens: int, seed: in
             length = 16 * -(-len(encoded) // 16)
             group = waiting.setdefault(length, [])
             group.append(encoded)
-            if len(group) == tokens // length:
+            if len(group) == max(1, tokens // length):
                 ready.append(_padded(waiting.pop(length), length, pad, context_weight))
         rng.shuffle(ready)
         yield from ready
