@@ -26,7 +26,7 @@ from featcl.features import (
 )
 from featcl.lab.streams import load_stream
 from featcl.learning import Learner
-from featcl.models import load_model, max_context, model_digest, resolve_hook
+from featcl.models import declare_residual_map_, load_model, max_context, model_digest, resolve_hook
 from featcl.streams import Chat, Trajectory, read_trajectories
 
 LONGEST = 4096  # tokens of a window where the model's context is longer
@@ -71,10 +71,12 @@ def build(config: RunConfig, *, quarantine: str | Path | None = None) -> Experim
     apply_runtime(config)
     _check_suites(config)
     model, tokenizer = load_model(config.model, dtype=config.runtime.dtype, device=config.runtime.device)
+    if config.adapter.residual_map is not None:
+        declare_residual_map_(model, config.adapter.residual_map)
     chat = Chat(tokenizer)
     material = _material(config, chat, length=min(max_context(model), LONGEST), quarantine=quarantine)
     facts = {"model_digest": model_digest(model), "stream_digest": material.digest}
-    directions, hooks = _directions(config, model, tokenizer, material)
+    directions, gates, hooks = _directions(config, model, tokenizer, material)
     learners = config.phases or (config.learner,)
     phases = tuple(_settings(learner) for learner in learners)
     experiences = tuple(learner.experiences for learner in learners)
@@ -85,7 +87,14 @@ def build(config: RunConfig, *, quarantine: str | Path | None = None) -> Experim
         kind=config.adapter.kind,
         rank=config.adapter.rank,
         layers=config.adapter.layers,
+        modules=config.adapter.modules,
         protect=Directions.load(config.adapter.protect) if config.adapter.protect else None,
+        gate=gates if config.adapter.kind == "gated" else None,
+        near_dependent=config.adapter.near_dependent,
+        training=config.adapter.training,
+        alpha=config.adapter.alpha,
+        penalty=config.adapter.penalty,
+        remainder=config.adapter.remainder,
         seed=config.seed,
     )
     learner = Learner(
@@ -178,20 +187,24 @@ def _append_line(path: Path, entry: dict[str, Any]) -> None:
 
 def _directions(
     config: RunConfig, model: Any, tokenizer: Any, material: Material
-) -> tuple[Directions | dict[int, Directions], dict[str, str]]:
-    """The chosen directions, or the control that stands in for them; and which module each hook is."""
+) -> tuple[Directions | dict[int, Directions], Directions | dict[int, Directions], dict[str, str]]:
+    """The directions, or the control that stands in for them; the chosen features; and which module each hook is."""
     sources = config.features.sae
     if isinstance(sources, str):
-        chosen = _directions_of(config, sources, model, tokenizer, material)
-        return chosen, {chosen.hook_name: resolve_hook(model, chosen.hook_name)[0]}
-    sets = {layer: _directions_of(config, sae, model, tokenizer, material) for layer, sae in sources.items()}
-    for layer, chosen in sets.items():
+        basis, chosen = _directions_of(config, sources, model, tokenizer, material)
+        return basis, chosen, {chosen.hook_name: resolve_hook(model, chosen.hook_name)[0]}
+    found = {layer: _directions_of(config, sae, model, tokenizer, material) for layer, sae in sources.items()}
+    sets, gates = ({layer: pair[which] for layer, pair in found.items()} for which in (0, 1))
+    for layer, chosen in gates.items():
         if chosen.layer != layer:
             raise FeatclError(f"features.sae.{layer}: {sources[layer]} was trained at {chosen.hook_name}, not there")
-    return sets, {chosen.hook_name: resolve_hook(model, chosen.hook_name)[0] for chosen in sets.values()}
+    return sets, gates, {chosen.hook_name: resolve_hook(model, chosen.hook_name)[0] for chosen in gates.values()}
 
 
-def _directions_of(config: RunConfig, source: str, model: Any, tokenizer: Any, material: Material) -> Directions:
+def _directions_of(
+    config: RunConfig, source: str, model: Any, tokenizer: Any, material: Material
+) -> tuple[Directions, Directions]:
+    """What stands in for the chosen features (themselves, or a control of the same k), and the chosen features."""
     wanted, sae = config.features, load_sae(source, device=model.device)
     given = {name: _texts(getattr(wanted, name)) for name in ("positive", "negative", "background")}
     texts = {**material.calibration, **{name: found for name, found in given.items() if found and name != "background"}}
@@ -202,12 +215,12 @@ def _directions_of(config: RunConfig, source: str, model: Any, tokenizer: Any, m
         query=wanted.query, seed=config.seed, **texts,
     )  # fmt: skip
     if config.adapter.basis == "random":
-        return random_directions(chosen, seed=config.seed)
+        return random_directions(chosen, seed=config.seed), chosen
     if config.adapter.basis == "pca":
-        return pca_directions(chosen, model, tokenizer, texts.get("background") or texts["stream"])
+        return pca_directions(chosen, model, tokenizer, texts.get("background") or texts["stream"]), chosen
     if config.adapter.basis == "random_features":
-        return random_features(chosen, sae, model, seed=config.seed)
-    return chosen
+        return random_features(chosen, sae, model, seed=config.seed), chosen
+    return chosen, chosen
 
 
 def _paths(texts: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 PACKAGES = (
     "featcl.subspace", "featcl.models", "featcl.objectives.divergence", "featcl.features.directions",
-    "featcl.features.controls", "featcl.features.encoder", "featcl.features.activations",
+    "featcl.features.controls", "featcl.features.encoder", "featcl.features.activations", "featcl.adapters",
 )  # fmt: skip
 TESTS = ("test_subspace.py", "test_models.py", "objectives/test_divergence.py", "features/test_directions.py",
-         "features/test_controls.py", "features/test_encoder.py")  # fmt: skip
+         "features/test_controls.py", "features/test_encoder.py", "adapters/test_theorems.py", "adapters/test_trunk.py",
+         "adapters/test_adapter.py")  # fmt: skip
 
 
 def check(*arguments: str) -> subprocess.CompletedProcess[str]:
