@@ -32,6 +32,7 @@ _NAMES = {
     "Directions": "featcl.features",
     "constrain": "featcl.adapters",
     "ConstrainedAdapter": "featcl.adapters",
+    "load_adapter": "featcl.adapters",
     "Learner": "featcl.learning",
     "RunResult": "featcl.evaluation.result",
 }
@@ -57,6 +58,7 @@ __all__ = [
     "features",
     "lab",
     "learning",
+    "load_adapter",
     "load_model",
     "load_sae",
     "objectives",
@@ -78,6 +80,7 @@ if TYPE_CHECKING:
     from featcl import tracking as tracking
     from featcl.adapters import ConstrainedAdapter as ConstrainedAdapter
     from featcl.adapters import constrain as constrain
+    from featcl.adapters import load_adapter as load_adapter
     from featcl.config import ConfigError as ConfigError
     from featcl.config import RunConfig as RunConfig
     from featcl.errors import FeatclError as FeatclError

@@ -31,7 +31,7 @@ from featcl.features.provenance import Digests, refuse_overlap
 from featcl.features.tokens import Text
 from featcl.lab.streams import load_stream
 from featcl.learning import Learner
-from featcl.models import load_model, max_context, model_digest
+from featcl.models import declare_residual_map_, load_model, max_context, model_digest
 from featcl.streams import Chat, Trajectory, read_trajectories
 
 LONGEST = 4096  # tokens of a window where the model's context is longer
@@ -76,10 +76,12 @@ def build(config: RunConfig, *, quarantine: str | Path | None = None) -> Experim
     apply_runtime(config)
     _check_suites(config)
     model, tokenizer = load_model(config.model, dtype=config.runtime.dtype, device=config.runtime.device)
+    if config.adapter.residual_map is not None:
+        declare_residual_map_(model, config.adapter.residual_map)
     chat = Chat(tokenizer)
     material = _material(config, chat, length=min(max_context(model), LONGEST), quarantine=quarantine)
     facts = {"model_digest": model_digest(model), "stream_digest": material.digest}
-    directions, modules = _directions(config, model, tokenizer, material, facts["model_digest"])
+    directions, gates, modules = _directions(config, model, tokenizer, material, facts["model_digest"])
     learners = config.phases or (config.learner,)
     phases = tuple(_settings(learner) for learner in learners)
     experiences = tuple(learner.experiences for learner in learners)
@@ -90,7 +92,14 @@ def build(config: RunConfig, *, quarantine: str | Path | None = None) -> Experim
         kind=config.adapter.kind,
         rank=config.adapter.rank,
         layers=config.adapter.layers,
+        modules=config.adapter.modules,
         protect=Directions.load(config.adapter.protect) if config.adapter.protect else None,
+        gate=gates if config.adapter.kind == "gated" else None,
+        near_dependent=config.adapter.near_dependent,
+        training=config.adapter.training,
+        alpha=config.adapter.alpha,
+        penalty=config.adapter.penalty,
+        remainder=config.adapter.remainder,
         seed=config.seed,
     )
     learner = Learner(
@@ -183,19 +192,20 @@ def _append_line(path: Path, entry: dict[str, Any]) -> None:
 
 def _directions(
     config: RunConfig, model: Any, tokenizer: Any, material: Material, digest: str
-) -> tuple[Directions | dict[int, Directions], dict[str, str]]:
-    """The chosen directions, or the control that stands in for them; and which module each hook is."""
+) -> tuple[Directions | dict[int, Directions], Directions | dict[int, Directions], dict[str, str]]:
+    """The directions, or the control that stands in for them; the chosen features; and which module each hook is."""
     sources = config.features.sae
     select = partial(_directions_of, config, model, tokenizer, _selection_texts(config, tokenizer, material),
                      held_out=material.unseen, digest=digest)  # fmt: skip
     if isinstance(sources, str):
-        chosen = select(sources)
-        return chosen, _hooks(model, [chosen])
-    sets = {layer: select(sae) for layer, sae in sources.items()}
-    for layer, chosen in sets.items():
+        basis, chosen = select(sources)
+        return basis, chosen, _hooks(model, [chosen])
+    found = {layer: select(sae) for layer, sae in sources.items()}
+    sets, gates = ({layer: pair[which] for layer, pair in found.items()} for which in (0, 1))
+    for layer, chosen in gates.items():
         if chosen.layer != layer:
             raise FeatclError(f"features.sae.{layer}: {sources[layer]} was trained at {chosen.hook_name}, not there")
-    return sets, _hooks(model, list(sets.values()))
+    return sets, gates, _hooks(model, list(gates.values()))
 
 
 def _hooks(model: Any, sets: Sequence[Directions]) -> dict[str, str]:
@@ -217,7 +227,8 @@ def _selection_texts(config: RunConfig, tokenizer: Any, material: Material) -> d
 def _directions_of(
     config: RunConfig, model: Any, tokenizer: Any, texts: Mapping[str, Sequence[Text]], source: str, *,
     held_out: Digests, digest: str,
-) -> Directions:  # fmt: skip
+) -> tuple[Directions, Directions]:  # fmt: skip
+    """What stands in for the chosen features (themselves, or a control of the same k), and the chosen features."""
     wanted = config.features
     sae = load_sae(source, device=model.device, model=model, tokenizer=tokenizer, check=wanted.check)
     if wanted.bundle is not None:
@@ -232,12 +243,12 @@ def _directions_of(
             seed=config.seed, **texts,
         )  # fmt: skip
     if config.adapter.basis == "random":
-        return random_directions(chosen, seed=config.seed)
+        return random_directions(chosen, seed=config.seed), chosen
     if config.adapter.basis == "pca":
-        return pca_directions(chosen, model, tokenizer, texts.get("background") or texts["stream"])
+        return pca_directions(chosen, model, tokenizer, texts.get("background") or texts["stream"]), chosen
     if config.adapter.basis == "random_features":
-        return random_features(chosen, sae, model, seed=config.seed)
-    return chosen
+        return random_features(chosen, sae, model, seed=config.seed), chosen
+    return chosen, chosen
 
 
 def _paths(texts: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -113,6 +113,27 @@ def table(
 
 
 @app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a run: results/<study>/<arm>/seed-<n>.")],
+    to: Annotated[str, typer.Option(help="peft: a plain LoRA folder. merged: a Hugging Face folder with tokenizer.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; RUN_DIR/adapter or RUN_DIR/merged.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what lies there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write what a run learned as something that needs no featcl.
+
+    For GGUF, export to peft, then run llama.cpp's convert_lora_to_gguf.py --base MODEL_FOLDER OUT.
+    """
+    from featcl.studies.export import export_run
+
+    done = export_run(run_dir, form=to, out=out, overwrite=overwrite)
+    if as_json:
+        _print_json(done.to_json())
+    else:
+        print(f"{done.folder}: {done.form}, {done.modules} modules of {done.base}, rank {done.rank}")
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Say which versions, device and threads a run would use, and what is missing."""
     from featcl.tracking.environment import environment

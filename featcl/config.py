@@ -123,6 +123,20 @@ class AdapterConfig(Part):
     protect: str | None = None  # a folder of saved directions that must stay unwritten
     rank: Count | None = None
     layers: tuple[Int, ...] | None = None
+    modules: tuple[str, ...] | None = None  # short names to keep, such as down_proj; null: all of the kind
+    near_dependent: Literal["refuse", "drop"] = "refuse"  # features that lie in the span of the others
+    alpha: Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)] | None = None  # null: a scaling of 1
+    penalty: Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)] = 1.0  # strength, with training: penalty
+    remainder: Literal["keep", "drop"] = "keep"  # of an update, when the directions change
+    residual_map: dict[str, Any] | None = None  # of an architecture that featcl does not know: featcl.models.Family
+
+    @model_validator(mode="after")
+    def _fits(self) -> AdapterConfig:
+        if self.training != "coordinates" and self.kind not in ("write", "read", "both"):
+            raise ValueError(f"training {self.training!r} belongs to the kinds write, read and both, not {self.kind!r}")
+        if self.alpha is not None and self.kind != "none" and self.training != "train_both_factors":
+            raise ValueError("alpha scales two trained factors: it belongs to kind none and to train_both_factors")
+        return self
 
 
 class ObjectiveConfig(Part):

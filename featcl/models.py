@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -252,6 +252,12 @@ class Site:
     centered: bool = False
     eps: float = 0.0
 
+    def through_norm(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """What the norm makes of x, in the dtype of x: g ⊙ x / rms(x), the mean subtracted first where it does so."""
+        x = x - x.mean(-1, keepdim=True) if self.centered else x
+        x = x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt()
+        return x if self.gain is None else self.gain.to(x) * x
+
 
 @dataclass(frozen=True, eq=False)
 class ResidualMap:
@@ -262,8 +268,8 @@ class ResidualMap:
         d_model: Width of the stream.
         n_layers: Number of blocks.
         layers_path: Module path of the list of blocks.
-        writers: `o_proj`, `down_proj` of every block, in order.
-        readers: `q_proj`, `k_proj`, `v_proj`, `gate_proj`, `up_proj` of every block, in order.
+        writers: `o_proj`, `down_proj` (or the like) of every block, in order.
+        readers: `q_proj`, `k_proj`, `v_proj`, `gate_proj`, `up_proj` (or the like) of every block, in order.
     """
 
     family: str
@@ -275,13 +281,52 @@ class ResidualMap:
 
 
 @dataclass(frozen=True)
-class _Family:
-    """Names of the norms around attention and MLP, and what their gain is."""
+class Family:
+    """How the blocks of an architecture touch the residual stream.
 
-    pre: tuple[str | None, str | None]
-    post: tuple[str | None, str | None]
-    gain: Literal["weight", "one_plus_weight", "none"]
+    Attributes:
+        writers: Linears of a block whose output reaches the stream, in the order of their writes: module path in the
+            block -> path of the norm between the linear and the stream (a post-norm), or None.
+        readers: Linears whose input is the stream: path in the block -> path of their pre-norm, or None.
+        gain: What those norms multiply by: `weight`, `one_plus_weight`, or `none`.
+        centered: Whether the pre-norms subtract the mean.
+        layers: Module path of the list of blocks; None looks in the usual places.
+    """
+
+    writers: Mapping[str, str | None]
+    readers: Mapping[str, str | None]
+    gain: Literal["weight", "one_plus_weight", "none"] = "weight"
     centered: bool = False
+    layers: str | None = None
+
+    @classmethod
+    def from_dict(cls, rows: Mapping[str, Any]) -> Family:
+        """A family from plain data, as a config gives it; the keys are the attributes.
+
+        Raises:
+            FeatclError: For an unknown or missing key, or a value of the wrong kind.
+        """
+        keys = [field.name for field in fields(cls)]
+        if unknown := sorted(set(rows) - set(keys)):
+            raise FeatclError(f"residual map: unknown key {unknown[0]!r}, it has {', '.join(keys)}")
+        for key in ("writers", "readers"):
+            if not isinstance(rows.get(key), Mapping) or not rows[key]:
+                raise FeatclError(f"residual map: {key} must map module paths in a block to norms, or to null")
+            if wrong := [name for name in rows[key].values() if name is not None and not isinstance(name, str)]:
+                raise FeatclError(f"residual map: {key} holds {wrong[0]!r}, where a norm's path or null belongs")
+        if rows.get("gain", "weight") not in (gains := ("weight", "one_plus_weight", "none")):
+            raise FeatclError(f"residual map: gain {rows['gain']!r} is none of {', '.join(gains)}")
+        return cls(**rows)
+
+
+_READERS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
+
+
+def _family(pre: Sequence[str | None], post: Sequence[str | None], gain: Any, *, centered: bool = False) -> Family:
+    """The usual block, with its norms before and after attention and MLP."""
+    writers: dict[str, str | None] = dict(zip(("self_attn.o_proj", "mlp.down_proj"), post, strict=True))
+    readers: dict[str, str | None] = {name: norm for names, norm in zip(_READERS, pre, strict=True) for name in names}
+    return Family(writers, readers, gain, centered)
 
 
 # `post_attention_layernorm` misleads: the pre-norm of the MLP in the first row, a post-norm in the others.
@@ -290,17 +335,16 @@ _POST = ("post_attention_layernorm", "post_feedforward_layernorm")
 _SANDWICH = ("input_layernorm", "pre_feedforward_layernorm")
 _NONE = (None, None)
 FAMILIES = {
-    "llama": _Family(_PRE, _NONE, "weight"),
-    "qwen3": _Family(_PRE, _NONE, "weight"),
-    "gemma": _Family(_PRE, _NONE, "one_plus_weight"),
-    "gemma2": _Family(_SANDWICH, _POST, "one_plus_weight"),
-    "gemma3": _Family(_SANDWICH, _POST, "one_plus_weight"),
-    "gemma3_text": _Family(_SANDWICH, _POST, "one_plus_weight"),
-    "olmo": _Family(_PRE, _NONE, "none", centered=True),
-    "olmo2": _Family(_NONE, _POST, "weight"),
-    "olmo3": _Family(_NONE, _POST, "weight"),
+    "llama": _family(_PRE, _NONE, "weight"),
+    "qwen3": _family(_PRE, _NONE, "weight"),
+    "gemma": _family(_PRE, _NONE, "one_plus_weight"),
+    "gemma2": _family(_SANDWICH, _POST, "one_plus_weight"),
+    "gemma3": _family(_SANDWICH, _POST, "one_plus_weight"),
+    "gemma3_text": _family(_SANDWICH, _POST, "one_plus_weight"),
+    "olmo": _family(_PRE, _NONE, "none", centered=True),
+    "olmo2": _family(_NONE, _POST, "weight"),
+    "olmo3": _family(_NONE, _POST, "weight"),
 }
-_PARTS = (("self_attn", "o_proj", ("q_proj", "k_proj", "v_proj")), ("mlp", "down_proj", ("gate_proj", "up_proj")))
 _LAYERS_PATHS = ("model.layers", "model.language_model.layers", "language_model.model.layers")
 # As a regular expression, also inside a PeftModel; not the layers of a vision tower.
 LAYERS_PREFIX = rf"(?:base_model\.model\.)?(?:{'|'.join(map(re.escape, _LAYERS_PATHS))}|language_model\.layers|layers)"
@@ -310,43 +354,149 @@ def residual_map(model: nn.Module) -> ResidualMap:
     """The writers and readers of a model's residual stream, with the gains of the norms beside them.
 
     Args:
-        model: Gemma-1/2/3 (text or conditional generation), OLMo-1/2/3, Llama or Qwen-3, adapted or not.
+        model: Gemma-1/2/3 (text or conditional generation), OLMo-1/2/3, Llama or Qwen-3, adapted or not; or a model
+            whose map was given to `declare_residual_map_`.
 
     Raises:
         FeatclError: For another architecture, or a module that is missing or of another width.
     """
     model = inner_model(model)
     config: Any = model.config
-    if config.model_type not in FAMILIES:
+    family = _family_of(model)
+    if family is None:
         raise FeatclError(
-            f"unknown architecture {config.model_type!r}: which linears touch its residual stream and which norms "
-            f"stand between is not known; known are {', '.join(sorted(FAMILIES))}"
+            f"unknown architecture {config.model_type!r}: what is missing is its residual map, which linears write to "
+            f"and read from the stream and which norms stand between (config: adapter.residual_map; in Python: "
+            f"featcl.models.declare_residual_map_); known are {', '.join(sorted(FAMILIES))}"
         )
-    family, path = FAMILIES[config.model_type], _layers_path(model)
+    path = _layers_path(model)
     d_model, n_layers = config.get_text_config().hidden_size, len(_submodule(model, path))  # type: ignore[arg-type]
-    writers: list[Site] = []
-    readers: list[Site] = []
-    for layer in range(n_layers):
-        block = f"{path}.{layer}"
-        for (part, writer, read_by), pre, post in zip(_PARTS, family.pre, family.post, strict=True):
-            writers.append(_site(model, family, f"{block}.{part}.{writer}", post, d_model, "out_features"))
-            readers += [
-                _site(model, family, f"{block}.{part}.{reader}", pre, d_model, "in_features") for reader in read_by
-            ]
-    return ResidualMap(config.model_type, d_model, n_layers, path, tuple(writers), tuple(readers))
+    writers, readers = (
+        tuple(
+            _site(model, family, f"{path}.{layer}", name, norm, (side, d_model), layer)
+            for layer in range(n_layers)
+            for name, norm in linears.items()
+        )
+        for linears, side in ((family.writers, "out_features"), (family.readers, "in_features"))
+    )
+    return ResidualMap(config.model_type, d_model, n_layers, path, writers, readers)
 
 
-def _site(model: nn.Module, family: _Family, name: str, norm: str | None, d_model: int, side: str) -> Site:
-    width = getattr(_submodule(model, name), side, None)
-    if width != d_model:
-        raise FeatclError(f"{name}: {side} is {width}, but the residual stream has d_model = {d_model}")
-    block = name.rsplit(".", 2)[0]
-    layer = int(block.rsplit(".", 1)[1])
+_DECLARED = "_featcl_family"  # on a model whose map its user gave
+
+
+def _family_of(model: Any) -> Family | None:
+    return getattr(model, _DECLARED, None) or FAMILIES.get(model.config.model_type)
+
+
+def declare_residual_map_(model: nn.Module, rows: Family | Mapping[str, Any]) -> ResidualMap:
+    """Give the map of an architecture that featcl does not know, and check it against a forward pass.
+
+    Args:
+        model: The Hugging Face model; it remembers the map.
+        rows: A `Family`, or a mapping with its attributes as keys, for example
+            `{"writers": {"self_attn.o_proj": None, "mlp.down_proj": None},
+            "readers": {"self_attn.q_proj": "input_layernorm", …}, "gain": "weight"}`.
+
+    Returns:
+        The map; `residual_map(model)` gives it from now on.
+
+    Raises:
+        FeatclError: If a row names what does not exist, or the blocks do something else than it says. The model then
+            has the map that it had before.
+    """
+    inner, family = inner_model(model), rows if isinstance(rows, Family) else Family.from_dict(rows)
+    before = getattr(inner, _DECLARED, None)
+    setattr(inner, _DECLARED, family)
+    try:
+        check_residual_map(inner)
+        return residual_map(inner)
+    except BaseException:
+        setattr(inner, _DECLARED, before)
+        raise
+
+
+@torch.no_grad()
+def check_residual_map(model: nn.Module) -> None:
+    """Compare a model's residual map with what its blocks do to a few tokens.
+
+    Every block must add exactly what its writers write, h' = h + Σ g ⊙ y / rms(y) (y itself without post-norm), and
+    every reader must see the stream before the block or after one of its writes, through its pre-norm.
+
+    Raises:
+        FeatclError: Which block or reader does something else.
+    """
+    model = inner_model(model)
+    residual, seen = residual_map(model), {}
+    paths = [f"{residual.layers_path}.{layer}" for layer in range(residual.n_layers)]
+    names = {*paths, *(site.name for site in (*residual.writers, *residual.readers))}
+
+    def catch(name: str, inputs: Any, output: Any) -> None:
+        seen[name] = (inputs[0].double(), (output[0] if isinstance(output, tuple) else output).double())
+
+    with ExitStack() as stack:
+        for name in names:
+            hook = _submodule(model, name).register_forward_hook(
+                lambda _module, inputs, output, name=name: catch(name, inputs, output)
+            )
+            stack.callback(hook.remove)
+        vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]
+        ids = torch.arange(8, device=next(model.parameters()).device)[None] * 7 % vocabulary
+        model(input_ids=ids, use_cache=False)
+    tolerance = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 5e-2
+    for layer, path in enumerate(paths):
+        _check_block(residual, layer, seen, seen[path], tolerance)
+
+
+def _check_block(
+    residual: ResidualMap, layer: int, seen: Mapping[str, Any], block: tuple[Tensor, Tensor], tolerance: float
+) -> None:
+    states = [block[0]]
+    for site in residual.writers:
+        if site.layer == layer:
+            y = seen[site.name][1]
+            states.append(states[-1] + (y if site.norm_name is None else site.through_norm(y)))
+    if _distance(states[-1], block[1]) > tolerance * _distance(block[0], block[1]):
+        raise FeatclError(
+            f"residual map: {residual.layers_path}.{layer} adds something else to the stream than its writers "
+            f"({', '.join(site.name for site in residual.writers if site.layer == layer)}) and their norms say"
+        )
+    for site in residual.readers:
+        if site.layer != layer:
+            continue
+        found = seen[site.name][0]
+        expected = [state if site.norm_name is None else site.through_norm(state) for state in states[:-1]]
+        if min(_distance(state, found) for state in expected) > tolerance * float(found.norm()):
+            raise FeatclError(
+                f"residual map: {site.name} does not read the stream through {site.norm_name or 'no norm'}, as it says"
+            )
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b.to(a.device)).norm())
+
+
+def _site(
+    model: nn.Module, family: Family, block: str, name: str, norm: str | None, width: tuple[str, int], layer: int
+) -> Site:
+    side, d_model = width
+    name = f"{block}.{name}"
+    linear: Any = _submodule(model, name)
+    if (found := getattr(linear, side, None)) != d_model:
+        raise FeatclError(f"{name}: {side} is {found}, but the residual stream has d_model = {d_model}")
+    if linear.weight.is_meta:
+        raise FeatclError(f"{name} is offloaded, so it cannot be adapted: load the model without CPU or disk offload")
     if norm is None:
         return Site(name, layer, None, None)
-    module = _submodule(model, f"{block}.{norm}")
-    gain, eps = _gain(module, family), _eps(module)
-    return Site(name, layer, gain, f"{block}.{norm}", centered=family.centered, eps=eps)
+    norm = f"{block}.{norm}"
+    module = _submodule(model, norm)
+    if getattr(module, "bias", None) is not None:
+        raise FeatclError(f"{norm} has a bias: what it adds is not the stream's, so a constraint cannot be exact there")
+    if family.centered and side == "out_features":
+        raise FeatclError(f"{norm} stands after a writer and subtracts the mean: such a norm cannot be folded")
+    if family.gain != "none" and getattr(module, "weight", None) is None:
+        raise FeatclError(f"{norm} has no weight, but the residual map says gain: {family.gain}")
+    return Site(name, layer, _gain(module, family), norm, centered=family.centered, eps=_eps(module))
 
 
 @dataclass(frozen=True, eq=False)
@@ -369,13 +519,15 @@ class Unembedding:
 def unembedding(model: nn.Module) -> Unembedding:
     """The final norm and the unembedding of a model that `residual_map` knows."""
     model = inner_model(model)
-    family, path = FAMILIES[residual_map(model).family], _layers_path(model)
+    residual_map(model)  # refuses what is not known
+    family, path = _family_of(model), _layers_path(model)
+    assert family is not None
     module = _submodule(model, f"{path.rpartition('.')[0]}.norm")
     weight = model.get_output_embeddings().weight.detach()  # pyright: ignore[reportCallIssue]
     return Unembedding(weight, _gain(module, family), family.centered, _eps(module))
 
 
-def _gain(norm: Any, family: _Family) -> Float[Tensor, " d_model"] | None:
+def _gain(norm: Any, family: Family) -> Float[Tensor, " d_model"] | None:
     if family.gain == "none":
         return None
     weight = norm.weight.detach().float().clone()
@@ -387,13 +539,25 @@ def _eps(norm: Any) -> float:
 
 
 def _layers_path(model: nn.Module) -> str:
-    for path in _LAYERS_PATHS:
+    declared: Family | None = getattr(model, _DECLARED, None)
+    paths = (declared.layers,) if declared is not None and declared.layers else _LAYERS_PATHS
+    for path in paths:
         try:
             if isinstance(model.get_submodule(path), nn.ModuleList):
                 return path
         except AttributeError:
             continue
-    raise FeatclError(f"{type(model).__name__} has no list of blocks at {', '.join(_LAYERS_PATHS)}")
+    raise FeatclError(f"{type(model).__name__} has no list of blocks at {', '.join(paths)}")
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of the model, in order.
+
+    Raises:
+        FeatclError: If the list of them is not where it is usually found.
+    """
+    model = inner_model(model)
+    return list(model.get_submodule(_layers_path(model)))  # type: ignore[arg-type]
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:
@@ -428,7 +592,7 @@ def resolve_hook(model: nn.Module, hook_name: str) -> tuple[str, int]:
     n_layers = len(_submodule(model, path))  # type: ignore[arg-type]
     if match := re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook_name):
         layer = int(match[1]) - (match[2] == "pre")
-    elif match := re.fullmatch(LAYERS_PREFIX + r"\.(\d+)(?:\.(input|output))?", hook_name):
+    elif match := re.fullmatch(rf"(?:{LAYERS_PREFIX}|{re.escape(path)})\.(\d+)(?:\.(input|output))?", hook_name):
         layer = int(match[1]) - (match[2] == "input")
     else:
         raise FeatclError(f"{hook_name!r} is no residual-stream hook: blocks.{{L}}.hook_resid_post or {path}.{{L}}")

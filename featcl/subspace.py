@@ -24,6 +24,9 @@ DEPENDENCE_TOLERANCE = 1e-4
 NULL_TOLERANCE = 5e-7
 """Cosine to a protected direction below which a direction counts as orthogonal to it (float32 inputs)."""
 
+SHARED_TOLERANCE = 1e-5
+"""Sine of an angle below which a direction counts as lying in another subspace too (float32 bases)."""
+
 
 class Lowdin(NamedTuple):
     """Symmetric orthogonalisation of rows D: `basis = Dᵀ @ mixing`, `mixing = (D Dᵀ)^(-1/2)`."""
@@ -231,6 +234,30 @@ class Subspace:
         if free.shape[1] == 0:
             raise FeatclError(f"nothing is left of {self.k} directions after protecting {protected.k}")
         return Subspace((self.basis.double() @ free).float())
+
+    def intersect(self, other: Subspace, *, tolerance: float = SHARED_TOLERANCE) -> Subspace:
+        """The directions that both hold: basis Q·null((I - Q'Q'ᵀ) Q).
+
+        The singular values of (I - Q'Q'ᵀ) Q are the sines of the principal angles, which tell small angles apart where
+        cosines cannot.
+
+        Args:
+            other: Of the same width.
+            tolerance: Largest sine of an angle that counts as none.
+
+        Raises:
+            FeatclError: If they share no direction.
+        """
+        self._check_width(other)
+        basis, onto = self.basis.double(), other.basis.double().to(self.basis.device)
+        _, sines, vt = torch.linalg.svd(basis - onto @ (onto.T @ basis), full_matrices=False)
+        shared = vt[sines <= tolerance]
+        if len(shared) == 0:
+            raise FeatclError(
+                f"the intersection is empty: subspaces of {self.k} and {other.k} directions share none "
+                f"(smallest angle {float(sines.min().clamp(max=1.0).asin()):.2g})"
+            )
+        return Subspace((basis @ shared.T).float())
 
     @property
     def digest(self) -> str:

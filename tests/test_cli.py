@@ -24,7 +24,7 @@ def test_help_lists_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.invoke(["--help"]) == 0
     printed = capsys.readouterr().out
     listed = [line.split()[0] for line in printed.split("Commands:")[1].splitlines() if line.strip()]
-    assert listed == ["run", "table", "doctor", "features", "lab"]
+    assert listed == ["run", "table", "export", "doctor", "features", "lab"]
     for group, commands in (("features", ["train", "check", "select", "show"]), ("lab", ["check", "train"])):
         assert cli.invoke([group, "--help"]) == 0
         printed = capsys.readouterr().out
@@ -52,6 +52,8 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         (["features", "train", "--model", "m", "--layer", "1", "--out", "o"], "give at least one text file"),
         (["features", "train", "--layer", "one"], "'--layer'"),
         (["features", "show", "nowhere"], "nowhere"),
+        (["export", "nowhere", "--to", "peft"], "nowhere is not a run's folder"),
+        (["export", "nowhere", "--to", "gguf"], "unknown form 'gguf', there is peft and merged"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(

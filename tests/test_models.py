@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from typing import Any
@@ -11,7 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from featcl.errors import FeatclError
-from featcl.models import load_model, max_context, model_digest, residual_map, residual_stream, resolve_hook
+from featcl.models import (
+    Family,
+    check_residual_map,
+    declare_residual_map_,
+    load_model,
+    max_context,
+    model_digest,
+    residual_map,
+    residual_stream,
+    resolve_hook,
+)
+from tests.adapters.conftest import build_model
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
@@ -199,42 +211,177 @@ def test_a_real_trained_model_loads_and_gives_its_reference_values(real):
 # --- the residual stream
 
 
-def test_the_map_accounts_for_everything_that_a_block_writes(tiny, family):
-    """The stream after a block is the stream before it, plus g ⊙ y / rms(y) of each writer (y without post-norm)."""
-    model, _ = tiny(family)
-    residual = residual_map(model)
-    ids = torch.randint(0, 200, (2, 9))
-    caught: dict[str, torch.Tensor] = {}
+ALL = ("gemma", "gemma2", "gemma3", "gemma3_conditional", "olmo", "olmo2", "olmo3", "llama", "qwen3")
+# What stands around o_proj and down_proj (post) and before q_proj and gate_proj (pre), written down by hand.
+BY_HAND = {
+    "gemma": {"pre": "1+w", "post": None},
+    "gemma2": {"pre": "1+w", "post": "1+w"},
+    "gemma3": {"pre": "1+w", "post": "1+w"},
+    "gemma3_conditional": {"pre": "1+w", "post": "1+w"},
+    "olmo": {"pre": "mean", "post": None},
+    "olmo2": {"pre": None, "post": "w"},
+    "olmo3": {"pre": None, "post": "w"},
+    "llama": {"pre": "w", "post": None},
+    "qwen3": {"pre": "w", "post": None},
+}
+_SANDWICH = ("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+NORMS = {  # their names: before attention, after it, before the MLP, after it
+    "gemma": ("input_layernorm", None, "post_attention_layernorm", None),
+    "gemma2": ("input_layernorm", *_SANDWICH),
+    "olmo2": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+}
+NORMS |= {"gemma3": NORMS["gemma2"], "gemma3_conditional": NORMS["gemma2"], "olmo3": NORMS["olmo2"]}
+NORMS |= dict.fromkeys(("olmo", "llama", "qwen3"), NORMS["gemma"])
+
+
+def norm_by_hand(form: str | None, module: Any, x: torch.Tensor) -> torch.Tensor:
+    """The formula of the papers in float64, from the stored weight."""
+    x = x.double()
+    if form is None:
+        return x
+    if form == "mean":
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    weight = module.weight.double() + (form == "1+w")
+    eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
+    return weight * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_map_is_what_a_block_does_computed_by_hand(name):
+    """h' = h + post(attention(pre(h))); h'' = h' + post(down(act(gate) ⊙ up)): the MLP's products by hand as well."""
+    model = build_model(name)
+    residual, ids = residual_map(model), torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    block = model.get_submodule(f"{residual.layers_path}.1")
+    pre, post = BY_HAND[name]["pre"], BY_HAND[name]["post"]
+    norms = [block.get_submodule(norm) if norm else None for norm in NORMS[name]]
+    attended: list[torch.Tensor] = []
+    seen: list[torch.Tensor] = []
     handles = [
-        model.get_submodule(site.name).register_forward_hook(
-            lambda _m, _i, out, name=site.name: caught.update({name: out})
-        )
-        for site in residual.writers
+        block.self_attn.o_proj.register_forward_hook(lambda _m, _i, out: attended.append(out)),
+        block.self_attn.q_proj.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0])),
+        block.mlp.gate_proj.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0])),
     ]
-    before, after = (residual_stream(model, ids, layer=layer) for layer in (0, 1))
+    h, after = (residual_stream(model, ids, layer=layer) for layer in (0, 1))
     for handle in handles:
         handle.remove()
-    total = before
-    for site in residual.writers:
-        if site.layer == 1:
-            y = caught[site.name]
-            rms = (y.square().mean(-1, keepdim=True) + site.eps).sqrt()
-            total = total + (y if site.gain is None else site.gain * y / rms)
-    torch.testing.assert_close(total, after, atol=2e-5, rtol=1e-5)
+    middle = h + norm_by_hand(post, norms[1], attended[0])
+    x = norm_by_hand(pre, norms[2], middle)
+    mlp = block.mlp.double()
+    y = (mlp.act_fn(x @ mlp.gate_proj.weight.T) * (x @ mlp.up_proj.weight.T)) @ mlp.down_proj.weight.T
+    torch.testing.assert_close(middle + norm_by_hand(post, norms[3], y), after.double(), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(seen[0].double(), norm_by_hand(pre, norms[0], h), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(seen[1].double(), x, atol=1e-5, rtol=1e-5)
+    sites = (*residual.writers, *residual.readers)
+    found = {site.name.removeprefix(f"{residual.layers_path}.1."): site for site in sites}
+    places = {"self_attn.q_proj": 0, "self_attn.o_proj": 1, "mlp.up_proj": 2, "mlp.down_proj": 3}
+    for linear, place in places.items():
+        site, form = found[linear], (post if place % 2 else pre)
+        expected = NORMS[name][place]
+        assert site.norm_name == (None if expected is None else f"{residual.layers_path}.1.{expected}")
+        assert (site.gain is None) == (form in (None, "mean"))
+        assert site.centered == (form == "mean")
+        if site.gain is not None:
+            torch.testing.assert_close(site.gain.double(), norms[place].weight.double() + (form == "1+w"))
+            assert float((site.gain - 1).abs().max()) > 0.3  # log-normal: a forgotten gain would be seen
 
 
-def test_the_map_accounts_for_what_readers_see(tiny, family):
-    """The input of q_proj is g ⊙ h / rms(h), or the raw stream on OLMo-2."""
-    model, _ = tiny(family)
-    site = next(site for site in residual_map(model).readers if site.name.endswith("layers.1.self_attn.q_proj"))
-    seen: list[torch.Tensor] = []
-    handle = model.get_submodule(site.name).register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
-    ids = torch.randint(0, 200, (2, 9))
-    residual_stream(model, ids, layer=1)
-    handle.remove()
-    h = residual_stream(model, ids, layer=0)
-    expected = h if site.gain is None else site.gain * h / (h.square().mean(-1, keepdim=True) + site.eps).sqrt()
-    torch.testing.assert_close(seen[0], expected, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("name", ALL)
+def test_the_check_of_a_map_holds_for_every_family(name):
+    check_residual_map(build_model(name))
+
+
+# --- a map that the user gives
+
+
+def mistral() -> Any:
+    """An architecture that featcl does not know, of Llama's form, with gains far from one."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.data = torch.exp(0.5 * torch.randn_like(parameter)) if "norm" in name else torch.randn_like(parameter)
+    return model
+
+
+def rows(**changes: Any) -> dict[str, Any]:
+    """Mistral's map, or a wrong one."""
+    before = {f"self_attn.{part}_proj": "input_layernorm" for part in "qkv"}
+    readers = before | dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm")
+    right: dict[str, Any] = {"writers": {"self_attn.o_proj": None, "mlp.down_proj": None}, "readers": readers}
+    return {**right, "gain": "weight", **changes}
+
+
+def test_a_map_in_the_users_words_makes_an_architecture_known():
+    from featcl.adapters import constrain
+    from featcl.features import Directions
+
+    model = mistral()
+    with pytest.raises(FeatclError, match=r"unknown architecture 'mistral': what is missing is its residual map"):
+        residual_map(model)
+    declared = declare_residual_map_(model, rows())
+    assert len(declared.writers) == 4
+    assert len(declared.readers) == 10
+    assert residual_map(model).writers[0].name == "model.layers.0.self_attn.o_proj"
+    adapter = constrain(model, Directions.from_vectors(torch.randn(4, 32), layer=1), kind="both")
+    ids = torch.randint(3, 60, (2, 9))
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        adapter.model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    assert adapter.leak(ids).leak <= 1e-6
+    assert residual_map(copy.deepcopy(model)).n_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"writers": {"self_attn.o_proj": None}}, "adds something else to the stream than its writers"),
+        ({"writers": {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": None}}, "adds something else"),
+        ({"readers": {"self_attn.q_proj": None}}, "q_proj does not read the stream through no norm"),
+        ({"readers": {"self_attn.q_proj": "post_attention_layernorm"}}, "through model.layers.0.post"),
+        ({"readers": {"mlp.down_proj": None}}, "in_features is 48, but the residual stream has d_model = 32"),
+        ({"readers": {"self_attn.query": None}}, r"no module model\.layers\.0\.self_attn\.query"),
+        ({"gain": "one_plus_weight"}, "does not read the stream through"),
+        ({"centered": True}, "does not read the stream through"),
+        ({"gain": "twice"}, "gain 'twice' is none of weight, one_plus_weight, none"),
+        ({"norms": {}}, "unknown key 'norms', it has writers, readers, gain, centered, layers"),
+        ({"readers": {}}, "readers must map module paths in a block to norms"),
+        ({"readers": {"self_attn.q_proj": 3}}, "readers holds 3, where a norm's path or null belongs"),
+        ({"layers": "model.blocks"}, r"has no list of blocks at model\.blocks"),
+    ],
+)
+def test_a_wrong_map_is_refused_by_what_the_model_does(changes, says):
+    model = mistral()
+    with pytest.raises(FeatclError, match=says):
+        declare_residual_map_(model, rows(**changes))
+    with pytest.raises(FeatclError, match="unknown architecture"):
+        residual_map(model)
+
+
+def test_the_config_carries_a_map():
+    from featcl.config import RunConfig
+
+    config = RunConfig.from_dict({"adapter": {"residual_map": rows()}})
+    read_back = RunConfig.from_dict(config.to_dict()).adapter.residual_map
+    assert Family.from_dict(read_back) == Family.from_dict(rows())
+    assert len(declare_residual_map_(mistral(), read_back).readers) == 10
+
+
+def test_a_list_of_blocks_in_another_place():
+    model = mistral()
+    model.model.h = model.model.layers
+    del model.model.layers
+    model.model.layers = model.model.h  # the forward pass needs its own name; the map goes by the other
+    declared = declare_residual_map_(model, rows(layers="model.h"))
+    assert declared.layers_path == "model.h"
+    assert resolve_hook(model, "model.h.1") == resolve_hook(model, "blocks.1.hook_resid_post") == ("model.h.1", 1)
 
 
 def test_both_spellings_of_a_hook_name_one_block(tiny):

@@ -138,3 +138,20 @@ def test_a_basis_must_be_orthonormal_and_widths_must_agree():
         Subspace.from_vectors(rows()).project(torch.ones(2, 7))
     with pytest.raises(FeatclError, match="different widths"):
         Subspace.random(8, 2).overlap(Subspace.random(9, 2))
+
+
+def test_intersect_is_what_both_hold():
+    shared = rows(2, seed=11)
+    one = Subspace.from_vectors(torch.cat([shared, rows(3, seed=12)]))
+    other = Subspace.from_vectors(torch.cat([rows(4, seed=13), shared @ torch.eye(24)]))
+    both = one.intersect(other)
+    assert both.k == 2
+    assert float(both.reject(shared).norm() / shared.norm()) < 1e-5
+    torch.testing.assert_close(both.overlap(other.intersect(one)), torch.ones(2), atol=1e-6, rtol=0)
+    assert one.intersect(one).k == one.k
+    nearly = Subspace.from_vectors(shared + 1e-3 * rows(2, seed=14))
+    with pytest.raises(FeatclError, match="intersection is empty"):
+        one.intersect(nearly)  # the control: an angle of 1e-3, whose cosine differs from 1 by less than 1e-6
+    assert one.intersect(nearly, tolerance=1e-2).k == 2
+    with pytest.raises(FeatclError, match="different widths"):
+        one.intersect(Subspace.random(9, 2))

@@ -81,8 +81,8 @@ def fold(
     """
     vectors = vectors.detach().double()
     free = _free(vectors, site, protected, fold_norms, names)
-    gain = None if site.gain is None else site.gain.double()
-    inverted, clamped = (gain, ()) if gain is None or not fold_norms else _invertible(gain, site)
+    gain = None if site.gain is None else site.gain.to(vectors)
+    inverted, clamped = (gain, ()) if gain is None or not fold_norms else invertible(gain, site)
     rows = free / inverted if fold_norms and inverted is not None else free
     try:
         basis = lowdin(rows, names=names if len(rows) == len(vectors) else None, dtype=torch.float64).basis
@@ -108,7 +108,12 @@ def _free(
     return (basis @ free).T
 
 
-def _invertible(gain: Tensor, site: Site) -> tuple[Tensor, tuple[int, ...]]:
+def invertible(gain: Float[Tensor, " d_model"], site: Site) -> tuple[Float[Tensor, " d_model"], tuple[int, ...]]:
+    """A norm's gain with what is too near zero clamped, and the clamped coordinates.
+
+    Raises:
+        FeatclError: If the gain is not finite, or zero almost everywhere.
+    """
     if not bool(torch.isfinite(gain).all()):
         raise FeatclError(f"{site.norm_name}: its gain holds NaN or infinity")
     floor = GAIN_FLOOR * float(gain.abs().median())

@@ -9,24 +9,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from featcl.adapters.lora import ADAPTER, LoraSite
-from featcl.adapters.plan import Role
+from featcl.adapters.lora import LoraSite
+from featcl.adapters.sets import Role
 from featcl.errors import FeatclError
 from featcl.models import inner_model, residual_map, residual_stream
 from featcl.subspace import independent_rows, lowdin
 
 if TYPE_CHECKING:
-    from featcl.adapters.adapter import ConstrainedAdapter
+    from featcl.adapters.hook_adapter import HookAdapter
+    from featcl.adapters.lora_adapter import LoraAdapter
 
 EXCLUDED = "padding, and a start token in first place"
 
 
 @dataclass(frozen=True)
 class SiteLeak:
-    """The leak of one linear layer.
+    """The leak of one linear layer, or of one side of a hook.
 
     Attributes:
         role: `write` or `read`.
@@ -52,7 +53,7 @@ class LeakReport:
         rescale: Mean over the write sites that moved; NaN without any.
         total_change_outside: ‖outside span(D)‖ / ‖change‖ of the residual stream at the top hook. Descriptive: base
             blocks react to changed inputs, so it is large even where every write is exact.
-        per_site: By module path.
+        per_site: By module path; what a hook kind reads is at `{module path}.read`.
         exempt: Modules with a gain that could not be inverted, left out of `leak`.
         tokens: How many were counted.
         excluded: What was not.
@@ -69,7 +70,7 @@ class LeakReport:
 
 @torch.no_grad()
 def measure_leak(
-    adapter: ConstrainedAdapter,
+    adapter: LoraAdapter,
     input_ids: Int[Tensor, "batch seq"],
     attention_mask: Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"] | None,
 ) -> LeakReport:
@@ -89,7 +90,7 @@ def measure_leak(
         changed = residual_stream(adapter.model, input_ids, attention_mask, layer=adapter.hook_layer)
     if silent := [meter.site.name for meter in meters if not meter.calls]:
         raise FeatclError(f"{silent[0]}: the adapter did not run there; is it switched off or merged?")
-    with adapter.disabled():
+    with adapter.disabled(only_this=True):
         base = residual_stream(adapter.model, input_ids, attention_mask, layer=adapter.hook_layer)
     per_site = {meter.site.name: meter.result() for meter in meters}
     per_site |= {site.name: _read_leak(site) for site in adapter.sites if site.plan.role == "read"}
@@ -98,7 +99,7 @@ def measure_leak(
     return LeakReport(
         leak=max(moved, default=math.nan),
         rescale=sum(rescales) / len(rescales) if rescales else math.nan,
-        total_change_outside=_change_outside(adapter, (changed - base)[keep]),
+        total_change_outside=change_outside(adapter, (changed - base)[keep.to(changed.device)]),
         per_site={site.name: per_site[site.name] for site in adapter.sites},
         exempt=tuple(site.name for site in adapter.sites if site.plan.fold.clamped),
         tokens=int(keep.sum()),
@@ -132,10 +133,10 @@ class _WriteMeter:
         self.squares = torch.zeros(4, dtype=torch.float64)  # written, outside, rescale, change
 
     def on_base(self, _module: Any, _inputs: Any, output: Tensor) -> None:
-        self.base = output[self.keep].double()
+        self.base = output[self.keep.to(output.device)].double()
 
     def on_update(self, _module: Any, _inputs: Any, output: Tensor) -> None:
-        update = output[self.keep].double() * self.site.module.scaling[ADAPTER]
+        update = output[self.keep.to(output.device)].double() * self.site.scale
         written, rescale = update, torch.zeros_like(update)
         if self.gain is not None:
             before, after = (_rms(x, self.site.plan.site.eps) for x in (self.base, self.base + update))
@@ -185,7 +186,8 @@ def _live_weight(site: LoraSite, which: str) -> Tensor:
     return weight.detach()
 
 
-def _change_outside(adapter: ConstrainedAdapter, change: Tensor) -> float:
+def change_outside(adapter: LoraAdapter | HookAdapter, change: Float[Tensor, "tokens d_model"]) -> float:
+    """‖outside span(D)‖ / ‖change‖ of the residual stream at the adapter's top hook; NaN where nothing changed."""
     top = max((site.plan for site in adapter.sites), key=lambda plan: plan.hook_layer)
     vectors = top.directions.vectors.to(change.device)
     span = lowdin(vectors[independent_rows(vectors)], dtype=torch.float64).basis

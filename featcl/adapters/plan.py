@@ -4,39 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from featcl.adapters.fold import Fold, fold
+from featcl.adapters.sets import DirectionSet, Role, bounding, feature_ids, independent_sets
 from featcl.errors import FeatclError
-from featcl.models import ResidualMap, Site, residual_map, resolve_hook
+from featcl.models import ResidualMap, Site, inner_model, residual_map, resolve_hook
 from featcl.subspace import Subspace
 
-Role = Literal["write", "read"]
 KINDS: dict[str, tuple[Role, ...]] = {
     "none": ("write", "read"),
     "write": ("write",),
     "read": ("read",),
     "both": ("write", "read"),
 }
-
-
-@runtime_checkable
-class DirectionSet(Protocol):
-    """What a constraint needs of `featcl.Directions`."""
-
-    @property
-    def vectors(self) -> Tensor: ...  # [k, d_model]
-    @property
-    def readers(self) -> Tensor | None: ...  # [k, d_model]
-    @property
-    def feature_ids(self) -> Sequence[int] | None: ...
-    @property
-    def hook_name(self) -> str | None: ...
-    @property
-    def layer(self) -> int: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +56,9 @@ def plan_sites(
     modules: Sequence[str] | None = None,
     protect: Any = None,
     fold_norms: bool = True,
+    near_dependent: Literal["refuse", "drop"] = "refuse",
 ) -> tuple[SitePlan, ...]:
-    """Every linear layer that `kind` adapts, with its basis, block by block.
+    """Every linear layer that `kind` adapts, with its basis, block by block; arguments as for `featcl.constrain`.
 
     Raises:
         FeatclError: As `featcl.constrain`.
@@ -81,31 +66,26 @@ def plan_sites(
     residual = residual_map(model)
     sets = _sets_by_layer(model, residual, directions, layers)
     for layer, chosen in sets.items():
-        _check_vectors(chosen, residual.d_model, layer)
+        check_vectors(chosen, residual.d_model, layer)
     sites = _chosen_sites(residual, kind, sets, modules)
+    if near_dependent == "drop":
+        sets = independent_sets(sets, sites, fold_norms)
     folds: dict[tuple[Any, ...], Fold] = {}
     plans = []
     for site, role in sites:
         chosen = sets[site.layer]
-        key = (id(chosen), role, site.norm_name)  # readers behind one norm share a basis
+        device = _device(model, site)
+        key = (id(chosen), role, site.norm_name, device)  # readers behind one norm share a basis
         if key not in folds:
-            vectors = chosen.vectors if role == "write" or chosen.readers is None else chosen.readers
             folds[key] = fold(
-                vectors.to(_device(model)),
+                bounding(chosen, role).to(device),
                 site,
-                protected=_protected(protect, role, residual.d_model, _device(model)),
+                protected=protected_columns(protect, role, residual.d_model, device),
                 fold_norms=fold_norms,
                 names=[f"feature {feature}" for feature in feature_ids(chosen)],
             )
         plans.append(SitePlan(site, role, chosen, _hook_layer(model, chosen), folds[key]))
     return tuple(plans)
-
-
-def feature_ids(directions: DirectionSet) -> list[int]:
-    """The features' indices in their SAE, or positions where there is no SAE."""
-    if directions.feature_ids is None:
-        return list(range(len(directions.vectors)))
-    return [int(feature) for feature in directions.feature_ids]
 
 
 def _sets_by_layer(
@@ -154,7 +134,7 @@ def _check_layer(layer: int, residual: ResidualMap) -> None:
         raise FeatclError(f"layer {layer} is out of range: the model has blocks 0 to {residual.n_layers - 1}")
 
 
-def _check_vectors(directions: DirectionSet, d_model: int, layer: int) -> None:
+def check_vectors(directions: DirectionSet, d_model: int, layer: int) -> None:
     for what, vectors in (("directions", directions.vectors), ("read directions", directions.readers)):
         if vectors is None:
             continue
@@ -183,7 +163,7 @@ def _chosen_sites(
     return sorted(sites, key=lambda chosen: chosen[0].layer)
 
 
-def _protected(protect: Any, role: Role, d_model: int, device: torch.device) -> Tensor | None:
+def protected_columns(protect: Any, role: Role, d_model: int, device: torch.device) -> Tensor | None:
     """Orthonormal columns N of what a role must leave alone, from a subspace, rows, directions, or one per role."""
     if isinstance(protect, Mapping):
         if unknown := sorted(set(protect) - {"write", "read"}):
@@ -199,5 +179,6 @@ def _protected(protect: Any, role: Role, d_model: int, device: torch.device) -> 
     return protect.basis.to(device)
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+def _device(model: nn.Module, site: Site) -> torch.device:
+    """Where a linear lies: a model can be spread over devices."""
+    return inner_model(model).get_submodule(site.name).weight.device  # type: ignore[return-value]

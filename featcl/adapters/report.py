@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from featcl.adapters.lora import LoraSite
-from featcl.adapters.plan import DirectionSet, Role, feature_ids
+from featcl.adapters.sets import Role, feature_ids, feature_names
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def feature_table(site: LoraSite) -> Float[Tensor, "k d_other"]:
     Writers: X = M_w C [k, d_in], exactly D'ᵀ X = ΔW. Readers: (C M_r)ᵀ [k, d_out]. For an update that leaves the span
     (`none`, no folding), the least-squares part inside it.
     """
-    a, b = (factor.double() for factor in site.factors())
+    a, b = (factor.double() for factor in site.moving_factors())
     if site.plan.role == "write":
         return (site.plan.fold.in_features(b) @ a).float()
     return (site.plan.fold.in_features(a.T) @ b.T).float()
@@ -94,7 +94,7 @@ def feature_report(sites: tuple[LoraSite, ...], delta_norm: float, *, top: int) 
         strengths = feature_table(site).double().square().sum(1).tolist()
         for feature, square in zip(feature_ids(site.plan.directions), strengths, strict=True):
             squares.setdefault((site.plan.role, feature), {})[site.name] = square
-        names |= _names(site.plan.directions)
+        names |= feature_names(site.plan.directions)
     rows: list[FeatureRow] = []
     roles: tuple[Role, ...] = ("write", "read")
     for role in roles:
@@ -113,13 +113,3 @@ def squared_norm(a: Float[Tensor, "rank d_in"], b: Float[Tensor, "d_out rank"]) 
     """‖B A‖² = tr(BᵀB · AAᵀ), without forming the product."""
     a, b = a.double(), b.double()
     return max(0.0, float(torch.sum((b.T @ b) * (a @ a.T))))
-
-
-def _names(directions: DirectionSet) -> dict[int, str]:
-    names = getattr(directions, "names", None)
-    if not names:
-        return {}
-    ids = feature_ids(directions)
-    if isinstance(names, dict):
-        return {feature: str(names[feature]) for feature in ids if names.get(feature)}
-    return {feature: str(name) for feature, name in zip(ids, names, strict=True) if name}

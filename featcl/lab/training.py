@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -91,7 +91,8 @@ def gain_spread(model: torch.nn.Module, *, offset: float) -> float:
     return min((gain.std() / gain.mean()).item() for gain in gains)
 
 
-def batches(chat: Chat, source: Iterable[Conversation], *, tokens: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(chat: Chat, source: Iterable[Conversation], *, tokens: int, seed: int,
+            context_weight: float = CONTEXT_WEIGHT) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Right-padded ids and target weights [batch, seq], conversations of similar length together.
 
     There are few shapes (lengths are multiples of 16), since matrix kernels are prepared once per shape.
@@ -105,38 +106,43 @@ def batches(chat: Chat, source: Iterable[Conversation], *, tokens: int, seed: in
             length = 16 * -(-len(encoded) // 16)
             group = waiting.setdefault(length, [])
             group.append(encoded)
-            if len(group) == tokens // length:
-                ready.append(_padded(waiting.pop(length), length, pad))
+            if len(group) == max(1, tokens // length):
+                ready.append(_padded(waiting.pop(length), length, pad, context_weight))
         rng.shuffle(ready)
         yield from ready
 
 
-def _padded(group: list[Encoded], length: int, pad: int) -> tuple[Tensor, Tensor]:
+def _padded(group: list[Encoded], length: int, pad: int, context_weight: float) -> tuple[Tensor, Tensor]:
     ids = torch.full((len(group), length), pad)
     weights = torch.zeros(len(group), length)
     for row, encoded in enumerate(group):
         ids[row, : len(encoded)] = torch.tensor(encoded.input_ids)
         weights[row, : len(encoded)] = torch.tensor(
-            [1.0 if learned else CONTEXT_WEIGHT for learned in encoded.loss_mask]
+            [1.0 if learned else context_weight for learned in encoded.loss_mask]
         )
     return ids, weights
 
 
 def train_(model: Any, data: Iterator[tuple[Tensor, Tensor]], schedule: Schedule,
-           *, report: Callable[[int, float, float], None] | None = None) -> None:  # fmt: skip
-    """Train every parameter of `model` in place on weighted next-token loss.
+           *, parameters: Sequence[Tensor] | None = None,
+           report: Callable[[int, float, float], None] | None = None) -> None:  # fmt: skip
+    """Train `model` in place on weighted next-token loss.
 
     Args:
         model: A Hugging Face causal LM.
         data: Ids and target weights, as from `batches`.
         schedule: Steps and learning rate.
+        parameters: What is trained, such as an adapter's; all of the model's by default.
         report: Called with step, loss and seconds every 100 steps.
     """
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    gains = [p for p in model.parameters() if p.ndim <= 1]
+    trained = list(model.parameters() if parameters is None else parameters)
+    matrices = [p for p in trained if p.ndim > 1]
+    gains = [p for p in trained if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": schedule.weight_decay}, {"params": gains, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=(0.9, 0.98))
-    model.train().requires_grad_(True)
+    model.train()
+    for parameter in trained:
+        parameter.requires_grad_(True)
     start = time.perf_counter()
     for step, (ids, weights) in enumerate(islice(data, schedule.steps)):
         for group in optimizer.param_groups:
@@ -145,7 +151,7 @@ def train_(model: Any, data: Iterator[tuple[Tensor, Tensor]], schedule: Schedule
         if not math.isfinite(loss.item()):
             raise ArithmeticError(f"loss is {loss.item()} at step {step}")
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if report and step % 100 == 0:

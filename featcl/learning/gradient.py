@@ -68,6 +68,12 @@ def accumulate_gradient_(terms: Sequence[Term], experience: Experience, student:
             (term.weight * value).backward()
             losses[term.objective.metric] += value.item()
             loss += term.weight * value.item()
+    outside = student.adapter.penalty()
+    if outside is not None:
+        outside.backward()
+        losses["anchor/outside_span"] = outside.item()
+        loss += outside.item()
+    student.adapter.project_gradients_()
     return Pass(
         loss,
         losses,

@@ -115,13 +115,14 @@ class Learner:
         start, before = time.perf_counter(), self._versions.last
         experience, left_out = self._experience(trajectory)
         try:
-            passes = [self._step_(experience, step) for step in range(self.settings.steps)]
-            accepted = limit_step_(
-                self.adapter,
-                before.coordinates,
-                partial(passes[0].reference.kl, self.student.scorer),
-                max_kl=self.settings.max_kl_per_update,
-            )
+            with self.student.scorer.trunks_kept():
+                passes = [self._step_(experience, step) for step in range(self.settings.steps)]
+                accepted = limit_step_(
+                    self.adapter,
+                    before.coordinates,
+                    partial(passes[0].reference.kl, self.student.scorer),
+                    max_kl=self.settings.max_kl_per_update,
+                )
             _check_finite(f"the updated model's predictions (lr {self.settings.lr})", accepted.kl, trajectory)
         except BaseException:
             self._restore_(before)
@@ -166,6 +167,7 @@ class Learner:
         for name, value in {**done.losses, "gradient norm": done.grad_norm}.items():
             _check_finite(name, value, experience.trajectory)
         self.optimizer.step()
+        self.adapter.after_step_()
         self.optimizer.zero_grad()
         return done
 
@@ -201,6 +203,33 @@ class Learner:
             load_moments_(optimizer, moments(self.optimizer))
         self.terms, self.optimizer = terms, optimizer
 
+    def change_directions(self, directions: Any, *, remainder: Any = None) -> Any:
+        """Go on in the span of other directions: what they hold is carried over, with the optimizer's mean gradient.
+
+        Earlier versions have other coordinates, so they are forgotten; the change itself is a version.
+
+        Args:
+            directions: One set, or one per layer.
+            remainder: `keep` or `drop` what the new span cannot hold; None is what the adapter was made with.
+
+        Returns:
+            What was carried over and what was not.
+
+        Raises:
+            FeatclError: If the directions do not fit; nothing is changed then.
+        """
+        return self._changed_(self.adapter.change_directions(directions, remainder=remainder, optimizer=self.optimizer))
+
+    def consolidate(self, directions: Any = None) -> Any:
+        """Freeze all that was learned and go on from zero on top of it, along other directions if given."""
+        return self._changed_(self.adapter.consolidate(directions, optimizer=self.optimizer))
+
+    def _changed_(self, change: Any) -> Any:
+        self.version += 1
+        self._versions = Versions(KEPT_VERSIONS)
+        self._versions.add_(self._snapshot())
+        return change
+
     # --- versions ---------------------------------------------------------------------------------------------
 
     @property
@@ -233,7 +262,8 @@ class Learner:
 
     def save(self, directory: str | Path) -> None:
         """Write everything that the next update depends on: one file, replaced atomically."""
-        save_snapshot(directory, self._versions.last, {**self.settings.to_json(), "seed": self.seed})
+        settings = {**self.settings.to_json(), "seed": self.seed, "changes": self.adapter.changes}
+        save_snapshot(directory, self._versions.last, settings)
 
     def restore_(self, directory: str | Path) -> None:
         """Go on exactly where `save` left off; the settings stay this learner's own.
@@ -241,7 +271,12 @@ class Learner:
         Raises:
             FeatclError: If there is no saved learner, or it belongs to another adapter.
         """
-        snapshot, _ = load_snapshot(directory)
+        snapshot, saved = load_snapshot(directory)
+        if (changes := saved.get("changes", 0)) != self.adapter.changes:
+            raise FeatclError(
+                f"{directory}: saved after {changes} changes of directions, this adapter has had "
+                f"{self.adapter.changes}: its coordinates mean other directions; make the same changes first"
+            )
         self._restore_(snapshot)
         self._versions = Versions(KEPT_VERSIONS)
         self._versions.add_(snapshot)
@@ -256,6 +291,7 @@ class Learner:
             settings: What replaces or adds to the saved settings (teacher and background texts are not saved).
         """
         _, saved = load_snapshot(directory)
+        saved.pop("changes", None)
         learner = cls(model, tokenizer, adapter, **{**saved, **settings})
         learner.restore_(directory)
         return learner

@@ -78,23 +78,4 @@ class L2ToBase:
 
     def penalty(self, student: Student) -> Float[Tensor, ""]:
         """Squared distance from the base weights."""
-        return delta_norm_squared(student.adapter)
-
-
-def delta_norm_squared(adapter: object) -> Float[Tensor, ""]:
-    """‖ΔW‖² with gradient: Σ s² tr((Bᵀ B)(A Aᵀ)) over LoRA layers, without forming ΔW.
-
-    Raises:
-        FeatclError: If the adapter has no LoRA layer.
-    """
-    total: Tensor | None = None
-    for module in adapter.model.modules():  # type: ignore[attr-defined]
-        for name in getattr(module, "active_adapters", ()) if hasattr(module, "lora_A") else ():
-            if name not in module.lora_A:
-                continue
-            A, B = module.lora_A[name].weight.float(), module.lora_B[name].weight.float()
-            part = module.scaling[name] ** 2 * ((B.T @ B) * (A @ A.T)).sum()
-            total = part if total is None else total + part
-    if total is None:
-        raise FeatclError("l2_to_base: the adapter has no LoRA layer whose distance from the base could be measured")
-    return total
+        return student.adapter.distance_squared()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from featcl.adapters.trunk import TrunkCache
 from featcl.errors import FeatclError
 from featcl.models import inner_model
 from featcl.streams.chat import Encoded
@@ -106,6 +108,7 @@ class Scorer:
             self.causal.get_output_embeddings(),
             getattr(self.causal.config.get_text_config(), "final_logit_softcapping", None),
         )
+        self._trunks: TrunkCache | None = None
         self._verify()
 
     @property
@@ -114,8 +117,18 @@ class Scorer:
 
     def hidden(self, batch: TokenBatch) -> Float[Tensor, "targets d_model"]:
         """Last hidden states at the positions that predict a target."""
-        output = self.trunk(input_ids=batch.input_ids, use_cache=False)
+        with nullcontext() if self._trunks is None else self._trunks.over(batch, batch.input_ids):
+            output = self.trunk(input_ids=batch.input_ids, use_cache=False)
         return output.last_hidden_state.flatten(0, 1).index_select(0, batch.positions)
+
+    @contextmanager
+    def trunks_kept(self) -> Iterator[None]:
+        """Inside the block, what lies below the lowest adapter runs once per batch object; numbers stay bit-equal."""
+        self._trunks = TrunkCache(self.causal)
+        try:
+            yield
+        finally:
+            self._trunks = None
 
     @property
     def logit_width(self) -> int:

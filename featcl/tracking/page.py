@@ -27,7 +27,7 @@ table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabu
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: left; vertical-align: top; }
 th { background: var(--back); cursor: pointer; white-space: nowrap; user-select: none; }
 th[aria-sort=ascending]::after { content: " \\25B2"; } th[aria-sort=descending]::after { content: " \\25BC"; }
-td.num { text-align: right; } td.text { overflow-wrap: anywhere; }
+td.num { text-align: right; } td.text { overflow-wrap: anywhere; min-width: 8.5rem; }
 .figures { display: flex; flex-wrap: wrap; gap: 1.2rem; align-items: flex-start; }
 figure { margin: 0; max-width: 100%; } figure img { max-width: 100%; height: auto; }
 figcaption { color: var(--soft); font-size: .82rem; max-width: 30rem; }

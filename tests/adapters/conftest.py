@@ -44,7 +44,8 @@ def _bare(family: str) -> Any:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    gemma = {"query_pre_attn_scalar": 8, "sliding_window": 64}
+    gemma = {"query_pre_attn_scalar": 8, "sliding_window": 8}  # shorter than a batch, so that the masks differ
+    mixed = gemma | {"layer_types": ["sliding_attention", "full_attention"] * (N_LAYERS // 2)}  # both rotary embeddings
     plain = {key: value for key, value in shape.items() if key != "head_dim"}
     match family:
         case "gemma":
@@ -52,12 +53,12 @@ def _bare(family: str) -> Any:
         case "gemma2":
             return hf.Gemma2ForCausalLM(hf.Gemma2Config(**shape, **gemma))
         case "gemma3":
-            return hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**shape, **gemma))
+            return hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**shape, **mixed))
         case "gemma3_conditional":
             vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
             vision |= {"image_size": 28, "patch_size": 14}
             config = hf.Gemma3Config(
-                text_config=hf.Gemma3TextConfig(**shape, **gemma),
+                text_config=hf.Gemma3TextConfig(**shape, **mixed),
                 vision_config=hf.SiglipVisionConfig(**vision),
                 mm_tokens_per_image=4,
                 bos_token_id=1,
@@ -68,7 +69,7 @@ def _bare(family: str) -> Any:
         case "olmo2":
             return hf.Olmo2ForCausalLM(hf.Olmo2Config(**plain))
         case "olmo3":
-            return hf.Olmo3ForCausalLM(hf.Olmo3Config(**plain, sliding_window=64))
+            return hf.Olmo3ForCausalLM(hf.Olmo3Config(**plain, sliding_window=8))
         case "llama":
             return hf.LlamaForCausalLM(hf.LlamaConfig(**shape))
         case "qwen3":

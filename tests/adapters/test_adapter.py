@@ -7,6 +7,7 @@ import torch
 
 from featcl.adapters import constrain
 from featcl.errors import FeatclError
+from featcl.features import Directions
 from featcl.models import residual_stream
 
 
@@ -185,7 +186,7 @@ def test_remove_gives_the_base_back_and_the_model_can_be_constrained_again(zoo):
     model = zoo.model("olmo2")
     base = logits(model, *zoo.batch())
     adapter = zoo.train(constrain(model, zoo.directions()))
-    with pytest.raises(FeatclError, match="already holds an adapter"):
+    with pytest.raises(FeatclError, match="already holds an adapter 'default'"):
         constrain(model, zoo.directions())
     plain = adapter.remove()
     assert torch.equal(logits(plain, *zoo.batch()), base)
@@ -240,7 +241,14 @@ def test_padding_does_not_enter_the_leak(zoo):
     ("arguments", "says"),
     [
         ({"kind": "sideways"}, "'sideways' is not available: there is none, write, read, both"),
-        ({"kind": "gated"}, "'gated' is not available"),
+        ({"kind": "gated"}, "'gated' needs the SAE's own encoder"),
+        ({"name": "two words"}, "name 'two words' cannot be used"),
+        ({"training": "backwards"}, "training 'backwards' is not available: there is coordinates"),
+        ({"kind": "none", "training": "penalty"}, "'none' has no span to train in"),
+        ({"kind": "shift", "training": "penalty"}, "'shift' trains coordinates only"),
+        ({"alpha": 8.0}, "only kind 'none' and train_both_factors have it"),
+        ({"kind": "none", "alpha": 0.0}, "alpha must be a positive number"),
+        ({"training": "penalty", "penalty": -1.0}, "strength must be a positive number"),
         ({"layers": [4]}, "layer 4 is out of range: the model has blocks 0 to 3"),
         ({"layers": [-1]}, "layer -1 is out of range"),
         ({"layers": [3]}, "layer 3 lies above the hook, at the output of block 2"),
@@ -287,6 +295,48 @@ def loose(vectors, layer=2):
 def test_bad_directions_are_one_clear_error(zoo, directions, says):
     with pytest.raises(FeatclError, match=says):
         constrain(zoo.model("olmo2"), directions)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama"])
+@pytest.mark.parametrize("kind", ["write", "read", "both"])
+def test_near_dependent_directions_are_refused_by_name_or_dropped_on_request(zoo, family, kind):
+    """Feature 106 doubles 101, and 107 the encoder column of 103: each goes, at every site, with its name."""
+    good = zoo.directions()
+    vectors = torch.cat([good.vectors, good.vectors[1:2] + 1e-6, torch.randn(1, 32)])
+    readers = torch.cat([good.readers, torch.randn(1, 32), good.readers[3:4] + 1e-6])
+    names = [f"name {number}" for number in range(8)]
+    twins = Directions.from_vectors(vectors, readers=readers, layer=2, feature_ids=range(100, 108), names=tuple(names))
+    with pytest.raises(FeatclError, match=r"near-dependent directions feature 10[67]"):
+        constrain(zoo.model(family), twins, kind=kind)
+    adapter = zoo.train(constrain(zoo.model(family), twins, kind=kind, near_dependent="drop"))
+    dropped = {"write": {106}, "read": {107}, "both": {106, 107}}[kind]
+    rows = adapter.report(top=20).rows
+    assert {row.feature for row in rows} == set(range(100, 108)) - dropped
+    assert all(row.name == f"name {row.feature - 100}" for row in rows)
+    assert adapter.rank == 8 - len(dropped)
+    assert adapter.leak(*zoo.batch()).leak <= 1e-6
+    same = constrain(zoo.model(family), zoo.directions(), kind=kind, near_dependent="drop")
+    assert same.rank == 6
+
+
+def test_near_dependence_is_judged_after_folding(zoo):
+    """Independent in the stream, all but parallel behind a norm whose gain is nearly gone where they differ."""
+    model = zoo.model("llama")
+    for block in model.model.layers:
+        block.input_layernorm.weight.data.fill_(1.0)
+        block.input_layernorm.weight.data[0] = 1e-3
+    rows = torch.zeros(2, 32)
+    rows[0, 0], rows[0, 1], rows[1, 0], rows[1, 2] = 1.0, 1e-3, 1.0, 1e-3  # after folding both point along axis 0
+    with pytest.raises(FeatclError, match="after folding its norm: near-dependent"):
+        constrain(model, Directions.from_vectors(rows, layer=2), kind="read", modules=["q_proj"])
+    adapter = constrain(
+        model, Directions.from_vectors(rows, layer=2), kind="read", modules=["q_proj"], near_dependent="drop"
+    )
+    assert adapter.rank == 1
+    unfolded = constrain(
+        zoo.model("llama"), Directions.from_vectors(rows, layer=2), kind="read", modules=["q_proj"], fold_norms=False
+    )
+    assert unfolded.rank == 2
 
 
 def test_an_unknown_family_is_refused(zoo):

@@ -29,13 +29,15 @@ class Rig:
 
 @pytest.fixture
 def rig(tiny: Callable[..., tuple[Any, Any]]) -> Callable[..., Rig]:
-    """`rig("gemma2", kind="write")`; the same arguments give the same weights."""
+    """`rig("gemma2", kind="write", constraint={"rank": 2})`; the same arguments give the same weights."""
 
-    def build(family: str = "olmo2", *, kind: str = "both", **shape: Any) -> Rig:
+    def build(
+        family: str = "olmo2", *, kind: str = "both", constraint: dict[str, Any] | None = None, **shape: Any
+    ) -> Rig:
         model, tokenizer = tiny(family, n_layers=2, **shape)
         vectors = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
         directions = Directions.from_vectors(vectors, layer=1)
-        return Rig(model, tokenizer, constrain(model, directions, kind=kind))
+        return Rig(model, tokenizer, constrain(model, directions, kind=kind, **(constraint or {})))
 
     return build
 
