@@ -283,7 +283,7 @@ def test_a_loss_that_is_not_a_number_stops_before_the_weights_change(
         (["features.selector=contrast"], "with what is given these work: rarity, gradient_energy"),
         (["features.sae=/nowhere"], "/nowhere"),
         (["stream.path=/nowhere.jsonl"], "/nowhere.jsonl: no such file"),
-        (["adapter.kind=residual"], "not available"),
+        (["adapter.kind=residual", "adapter.layers=[0]"], "layer 0"),
         (["adapter.layers=[7]"], "7"),
         (["features.sae={1: SAE}"], "was trained at blocks.2.hook_resid_post"),
         (["features.background=/nowhere.txt"], "/nowhere.txt"),

@@ -8,7 +8,7 @@ import pytest
 from featcl.errors import FeatclError
 from featcl.evaluation import ScoreMatrix, heldout_nll
 from featcl.evaluation.board import GradedBoard, LikelihoodBoard, without_columns
-from featcl.evaluation.material import _blocks
+from featcl.features.provenance import text_blocks
 from featcl.lab.items import Item
 from featcl.streams import Chat
 
@@ -53,7 +53,7 @@ def test_columns_left_out_do_not_count_as_general_ability() -> None:
 
 def test_blocks_are_whole_lines_and_lose_nothing() -> None:
     text = "\n".join(f"line {i} " + "x" * (i % 90) for i in range(300))
-    blocks = _blocks(text)
+    blocks = text_blocks(text)
     assert "\n".join(blocks) == text
     assert all(len(block) < 1200 + 120 for block in blocks)
     assert len(blocks) > 5
