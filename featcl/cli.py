@@ -16,6 +16,7 @@ import typer
 
 from featcl.config import ConfigError
 from featcl.errors import FeatclError
+from featcl.files import require_file, require_folder
 
 app = typer.Typer(
     name="featcl",
@@ -59,6 +60,10 @@ def invoke(arguments: list[str], *, debug: bool = False) -> int:
         return _complain(str(error))
     except KeyboardInterrupt:
         return 130
+    except OSError as error:
+        if debug or error.filename is None:  # only one that names a path is about the user's files
+            raise
+        return _complain(f"{error.filename}: {error.strerror}")
     except Exception as error:
         if not hasattr(error, "format_message"):  # anything but a usage error of the command line itself
             raise
@@ -98,7 +103,7 @@ def run(
 
 @app.command()
 def table(
-    study: Annotated[Path, typer.Argument(help="A folder of configs, or the folder of a study's results.")],
+    study: Annotated[Path, typer.Argument(help="The study's folder of configs, such as experiments/quickstart.")],
     output: Annotated[Path, typer.Option(help="Where the results lie.")] = Path("results"),
     as_json: Json = False,
 ) -> None:
@@ -237,10 +242,13 @@ def select(
     """Choose features of an SAE and save them as directions."""
     if (selector is None) == (bundle is None):
         raise FeatclError("give either --selector or --bundle")
+    require_folder(out)
     from featcl.features import select_features
     from featcl.features.bundle import Bundle
 
     chosen_by, listed = _selector(selector), _ids(ids)
+    if bundle is not None and not bundle.endswith((".yaml", ".yml")) and _is_path(bundle):
+        raise FeatclError(f"--bundle {bundle}: a bundle's file ends in .yaml; anything else names a shipped bundle")
     named = Bundle.load(bundle) if bundle is not None else None
     paths = {"positive": positive, "negative": negative, "stream": stream, "background": background}
     loaded_sae, loaded_model, tokenizer = _sae_and_model(sae, model, hook_name, check=not no_check)
@@ -283,7 +291,7 @@ def show(
     text: Texts = None,
     ids: Annotated[str | None, typer.Option(help="Feature ids; of an SAE the most active ones by default.")] = None,
     k: Annotated[int, typer.Option(help="How many of the most active.")] = 12,
-    out: Annotated[Path | None, typer.Option(help="One HTML file to write.")] = None,
+    out: Annotated[str | None, typer.Option(help="One HTML file to write.")] = None,
     hook_name: HookName = None,
     no_check: NoCheck = False,
     as_json: Json = False,
@@ -296,6 +304,10 @@ def show(
 
     if (folder is None) == (sae is None):
         raise FeatclError("give either a folder of directions or --sae")
+    if k < 1:
+        raise FeatclError(f"--k {k}: k must be at least 1")
+    if out is not None:
+        require_file(out)  # a string until here: a Path forgets its trailing slash
     directions = None if folder is None else Directions.load(folder)
     if directions is not None and model is None and not text and out is None:
         shown = ("feature_ids", "hook_name", "selector", "digest", "manifest")
@@ -412,6 +424,10 @@ def _selector(text: str | None) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         raise FeatclError(f"--selector {text!r}: a combination reads {{union: [contrast, rarity]}}") from None
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith(("/", ".", "~")) or Path(name).suffix != ""
 
 
 def _ids(text: str | None) -> list[int] | None:

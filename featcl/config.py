@@ -134,6 +134,10 @@ class AdapterConfig(Part):
     def _fits(self) -> AdapterConfig:
         if self.training != "coordinates" and self.kind not in ("write", "read", "both"):
             raise ValueError(f"training {self.training!r} belongs to the kinds write, read and both, not {self.kind!r}")
+        if self.kind == "none" and self.basis != "chosen":
+            raise ValueError(
+                f"basis belongs to the kinds that bound an update: kind none has no use for {self.basis!r}"
+            )
         if self.alpha is not None and self.kind != "none" and self.training != "train_both_factors":
             raise ValueError("alpha scales two trained factors: it belongs to kind none and to train_both_factors")
         return self

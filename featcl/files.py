@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from featcl.errors import FeatclError
+
 
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Replace `path` with `data` atomically: temporary file beside it, fsync, rename."""
@@ -36,6 +38,34 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Replace `path` with `value` as readable JSON; keys sorted, NaN and infinities written as null."""
     write_text(path, json.dumps(_finite(value), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def require_folder(path: str | Path) -> None:
+    """Before long work: `path` is a folder that can be written to, or can become one; nothing is left behind.
+
+    Raises:
+        FeatclError: If a file is in the way, or nothing can be written there.
+    """
+    path = Path(path).absolute()
+    try:
+        nearest = next(place for place in (path, *path.parents) if place.exists())
+        if not nearest.is_dir():
+            raise FeatclError(f"{nearest} is a file; a folder is needed there, choose another output")
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise FeatclError(f"{path} cannot be written: {error.strerror or error}; choose another output") from None
+
+
+def require_file(path: str | Path) -> None:
+    """Before long work: `path` can become a file; a trailing slash, or a folder there, is an error.
+
+    Raises:
+        FeatclError: If it names a folder, or its folder cannot be written to.
+    """
+    if str(path).endswith("/") or Path(path).is_dir():
+        raise FeatclError(f"{path} is a folder; name a file to write, such as {Path(path) / 'features.html'}")
+    require_folder(Path(path).parent)
 
 
 def digest_bytes(data: bytes) -> str:

@@ -82,9 +82,15 @@ def _device(device: str | torch.device | None) -> torch.device:
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except RuntimeError as error:
         raise FeatclError(f"unknown device {device!r}: auto, cpu, cuda or cuda:N") from error
+    try:
+        torch.empty(0, device=found)
+    except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
+        reason = str(error).partition("\n")[0]
+        raise FeatclError(f"device '{device}' cannot be used here ({reason}); auto takes what there is") from error
+    return found
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | Literal["auto"]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from featcl import cli
 
@@ -113,3 +114,43 @@ def test_errors_that_are_ours_are_not_hidden(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(featcl.run, "run", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.invoke(["run", str(path)])
+
+
+@pytest.mark.parametrize("place", ["taken", "taken/below", "/proc/x"])
+def test_an_output_that_cannot_be_written_is_one_line(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").write_text("a file")
+    path = tmp_path / "arm.yaml"
+    path.write_text("")
+    assert cli.invoke(["run", str(path), f"output={tmp_path / place}"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("featcl: error: /")
+    assert "is a file" in printed or "/proc/x" in printed
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without CUDA")
+def test_cuda_where_there_is_none_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "arm.yaml"
+    path.write_text("")
+    assert cli.invoke(["run", str(path), "runtime.device=cuda", f"output={tmp_path / 'results'}"]) == 2
+    printed = capsys.readouterr().err
+    assert "device 'cuda' cannot be used here" in printed
+    assert printed.count("\n") == 1
+    assert not any((tmp_path / "results").iterdir()), "a run that never started leaves nothing behind"
+
+
+def test_an_error_of_the_file_system_names_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import featcl.run
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "results/x")
+
+    path = tmp_path / "arm.yaml"
+    path.write_text("")
+    monkeypatch.setattr(featcl.run, "run", full)
+    assert cli.invoke(["run", str(path)]) == 2
+    assert capsys.readouterr().err == "featcl: error: results/x: No space left on device\n"

@@ -171,3 +171,10 @@ def test_selectors_are_names_or_combinations_of_names(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=rf"features\.selector: .*{says}"):
             load(tmp_path, f"features: {{selector: {wrong}}}")
+
+
+def test_a_basis_needs_a_kind_that_it_bounds(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="adapter: basis belongs to the kinds that bound an update") as caught:
+        load(tmp_path, "adapter: {kind: none, basis: random}")
+    assert "\n" not in str(caught.value)
+    assert load(tmp_path, "adapter: {kind: none, basis: chosen}").adapter.kind == "none"

@@ -252,11 +252,13 @@ def check_name(model: Any, name: str) -> None:
     Raises:
         FeatclError: Such a name.
     """
-    if not name.isidentifier() or name in "lora_" or name.endswith("_kept"):
+    if not isinstance(name, str) or not name.isidentifier() or name in "lora_" or name.endswith("_kept"):
         raise FeatclError(
             f"adapter name {name!r} cannot be used: letters, digits and underscores, such as 'home', no part of PEFT's "
             "prefix 'lora_', and no '_kept' at the end"
         )
+    if hasattr(nn.ModuleDict, name) or hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
+        raise FeatclError(f"adapter name {name!r} cannot be used: torch's module dictionaries have an attribute of it")
     if name in adapters_of(model):
         raise FeatclError(
             f"the model already holds an adapter {name!r}: take it off first (adapter.remove()), or name this one"

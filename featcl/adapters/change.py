@@ -5,7 +5,7 @@
 | write            | C' = Q'ᵀ Q C                             | (I - Q' Q'ᵀ) Q C                           |
 | read             | C' = C Q_rᵀ Q'_r                         | C Q_rᵀ (I - Q'_r Q'_rᵀ)                    |
 | residual         | C' = Q'_wᵀ Q_w C Q_rᵀ Q'_r               | the old update less what is carried over   |
-| gated            | Q'_wᵀ Q_w C, columns by feature id       | the same, features that are gone included  |
+| gated            | Q'_wᵀ Q_w C, columns by id and encoder   | the same, features that are gone included  |
 | shift, scale     | c' = Q'ᵀ Q c; diag(Q'ᵀ Q diag(c) Qᵀ Q')  | the same                                   |
 
 The optimizer's moments belong to the coordinates and change with them: see `moments.py`.
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from featcl.adapters.kept import Factors, attach_kept_, concatenated
 from featcl.adapters.lora import LoraSite, attach
-from featcl.adapters.moments import group_of, turn_moments_
+from featcl.adapters.moments import group_of, new_accumulator_, turn_moments_
 from featcl.adapters.peft_host import eject, sides
 from featcl.adapters.plan import SitePlan, plan_sites
 from featcl.adapters.report import squared_norm
@@ -248,6 +248,7 @@ def _replace_(adapter: LoraAdapter, plans: Sequence[SitePlan], optimizer: torch.
 def _adopt_(site: LoraSite, which: str, parameter: nn.Parameter, value: Tensor) -> None:
     """Put a parameter object that an optimizer may hold in the place of a new one."""
     linear: Any = site.factor(which)
+    new_accumulator_(parameter)
     parameter.data, parameter.grad = value.to(site.trained[which]).clone(), None
     if f"{which}.basis" in site.frozen:
         linear.parametrizations.weight.original = parameter

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -12,7 +12,7 @@ from featcl.adapters.hook_adapter import constrain_hooks
 from featcl.adapters.hook_plan import HOOK_KINDS
 from featcl.adapters.lora import attach
 from featcl.adapters.lora_adapter import LoraAdapter, Remainder, Request, peft_model_of
-from featcl.adapters.plan import KINDS, plan_sites
+from featcl.adapters.plan import KINDS, check_directions, check_layers, is_whole, plan_sites
 from featcl.adapters.sets import DirectionSet
 from featcl.adapters.training import check_training
 from featcl.errors import FeatclError
@@ -74,13 +74,18 @@ def constrain(
 
     Raises:
         FeatclError: Unknown kind or architecture; empty, too many, too wide or near-dependent directions; a layer out
-            of range or above the hook; an unknown module; a rank above k; nothing left after protecting.
+            of range or above the hook; an unknown module; a rank above k; nothing left after protecting, or nothing
+            that protecting would bound; an argument of another type.
     """
+    _check_arguments(rank, layers, near_dependent, remainder)
     if kind in HOOK_KINDS:
         if modules is not None:
             raise FeatclError(f"kind {kind!r} changes the residual stream, so it has no modules to choose")
         if training != "coordinates" or alpha is not None:
             raise FeatclError(f"kind {kind!r} trains coordinates only: training and alpha belong to the LoRA kinds")
+        check_directions(model, directions)
+        if kind == "gated" and gate is not None:
+            check_directions(model, gate)
         return constrain_hooks(
             model,
             directions,
@@ -111,6 +116,17 @@ def constrain(
     return _constrain_lora(
         model, directions, kind=kind, rank=rank, layers=layers, name=name, training=training, request=request
     )
+
+
+def _check_arguments(rank: Any, layers: Any, near_dependent: Any, remainder: Any) -> None:
+    if rank is not None and not is_whole(rank):
+        raise FeatclError(f"rank must be a whole number, or None for k, not {rank!r}")
+    if layers is not None:
+        check_layers(layers)
+    if near_dependent not in ("refuse", "drop"):
+        raise FeatclError(f"near_dependent {near_dependent!r} is not available: there is refuse and drop")
+    if remainder not in get_args(Remainder):
+        raise FeatclError(f"remainder {remainder!r} is not available: there is {' and '.join(get_args(Remainder))}")
 
 
 def _constrain_lora(

@@ -6,7 +6,7 @@ updates of the same kind that read the same h: the old update, less what was car
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor
 from featcl.adapters.change import REMAINDERS, Change
 from featcl.adapters.hook_plan import FACTORED, HookPlan, plan_hooks
 from featcl.adapters.hooked import HookedBlock
-from featcl.adapters.moments import turn_moments_
-from featcl.adapters.sets import DirectionSet, feature_ids
+from featcl.adapters.moments import new_accumulator_, turn_moments_
+from featcl.adapters.sets import DirectionSet
 from featcl.errors import FeatclError
 from featcl.subspace import Subspace
 
@@ -117,22 +117,20 @@ def update_norm(terms: Sequence[HookedBlock]) -> float:
 
 def factors(terms: Sequence[HookedBlock]) -> tuple[Float[Tensor, "d_model n"], Float[Tensor, "m n"]]:
     """B and A, float64, with Σ updates = B Aᵀ: of the stream, of the activations of all terms' features, or of 1."""
-    ids = sorted({feature for term in terms for feature in _gate_ids(term.plan)})
-    b, a = zip(*(_factors(term, ids) for term in terms), strict=True)
+    triggers = sorted({feature for term in terms for feature in term.plan.triggers})
+    b, a = zip(*(_factors(term, triggers) for term in terms), strict=True)
     return torch.cat(b, dim=1), torch.cat(a, dim=1)
 
 
-def _factors(site: HookedBlock, ids: Sequence[int]) -> tuple[Float[Tensor, "d_model n"], Float[Tensor, "m n"]]:
+def _factors(
+    site: HookedBlock, triggers: Sequence[tuple[int, str]]
+) -> tuple[Float[Tensor, "d_model n"], Float[Tensor, "m n"]]:
     columns = site.write_basis.double() @ site.matrix()
     if site.read_basis is not None:
         return columns, site.read_basis.double()
     if site.plan.gate is None:
         return columns, columns.new_ones(1, 1)
-    return columns, _selection(ids, feature_ids(site.plan.gate)).to(columns)
-
-
-def _gate_ids(plan: HookPlan) -> list[int]:
-    return [] if plan.gate is None else feature_ids(plan.gate)
+    return columns, _selection(triggers, site.plan.triggers).to(columns)
 
 
 def _plans(adapter: HookAdapter, directions: Any, gate: Any) -> tuple[HookPlan, ...]:
@@ -169,6 +167,7 @@ def _carry_(site: HookedBlock, plan: HookPlan, optimizer: Any) -> None:
     turned = turn(site.coordinates.detach())
     if optimizer is not None:
         turn_moments_(optimizer, site.coordinates, turn)
+    new_accumulator_(site.coordinates)
     site.adopt_(plan, frame=frame, coordinates=turned.float())
 
 
@@ -181,7 +180,7 @@ def _right(site: HookedBlock, plan: HookPlan) -> tuple[Tensor | None, Tensor | N
     if plan.kind not in FACTORED:
         return None, None
     if site.read_basis is None or plan.read is None:
-        right = _selection(_gate_ids(site.plan), _gate_ids(plan))
+        right = _selection(site.plan.triggers, plan.triggers)
     else:
         right = site.read_basis.double().T @ plan.read.basis.to(site.read_basis.device)
     right = right.to(site.coordinates.device)
@@ -194,7 +193,7 @@ def _right(site: HookedBlock, plan: HookPlan) -> tuple[Tensor | None, Tensor | N
     return (u * s) @ u.T, (u @ vt).float()
 
 
-def _selection(old: Iterable[int], new: Sequence[int]) -> Float[Tensor, "k k_new"]:
-    """1 where an old column and a new one are the same feature."""
+def _selection(old: Sequence[tuple[int, str]], new: Sequence[tuple[int, str]]) -> Float[Tensor, "k k_new"]:
+    """1 where an old column and a new one are the same feature: of one id, and of one encoder."""
     rows = [[float(before == after) for after in new] for before in old]
     return torch.tensor(rows, dtype=torch.float64).reshape(-1, len(new))

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from featcl import files
 from featcl.adapters.fold import Fold, fold
 from featcl.adapters.plan import check_vectors, protected_columns
 from featcl.adapters.sets import DirectionSet, Role, feature_ids, independent_sets
@@ -74,6 +76,13 @@ class HookPlan:
             return len(self.gate.vectors)
         return 1 if self.read is None else self.read.basis.shape[1]
 
+    @cached_property
+    def triggers(self) -> tuple[tuple[int, str], ...]:
+        """What tells the gate's features from all others: id, and digest of all that their activation depends on."""
+        if self.gate is None or self.encoder is None:
+            return ()
+        return tuple(zip(feature_ids(self.gate), _digests(self.encoder), strict=True))
+
 
 def plan_hooks(
     model: nn.Module,
@@ -106,16 +115,18 @@ def plan_hooks(
         raise FeatclError(f"protect: kind {kind!r} has no read side of its own; protect its `write` side")
     columns = {role: protected_columns(protect, role, residual.d_model, device) for role in HOOK_KINDS[kind]}
     protected = {role: found for role, found in columns.items() if found is not None}
-    gates = _gates(gate, kind)
+    hooks = _hooks(model, directions, layers)
+    known = [layer for _, layer, _ in _hooks(model, directions, None)]
+    gates = _gates(gate, kind, [layer for _, layer, _ in hooks], known)
     plans = []
-    for path, layer, given in _hooks(model, directions, layers):
+    for path, layer, given in hooks:
         check_vectors(given, residual.d_model, layer)
         stream, chosen, trigger = Site(path, layer, None, None), given, None
         if near_dependent == "drop":
             sides: list[tuple[Site, Role]] = [(stream, role) for role in HOOK_KINDS[kind]]
             chosen = independent_sets({layer: given}, sides, fold_norms=False)[layer]
         if kind == "gated":
-            trigger = gates.get(layer, gates.get(None)) or given
+            trigger = gates.get(layer, given)
             _check_gate(trigger, layer, residual.d_model, _hook(model, trigger)[1])
         write, read = _bases(chosen, stream, kind, protected, device)
         plans.append(HookPlan(kind, layer, path, chosen, trigger, write, read, protected))  # type: ignore[arg-type]
@@ -163,12 +174,43 @@ def _bases(
     return write, fold(readers.to(device), stream, protected=protected.get("read"), names=names)
 
 
-def _gates(gate: Any, kind: str) -> dict[int | None, DirectionSet]:
+def _gates(gate: Any, kind: str, layers: Sequence[int], known: Sequence[int]) -> dict[int, DirectionSet]:
+    """The gate of every adapted layer; empty where the directions are their own.
+
+    Layers that are `known` have directions; where some of them are left out, so are their gates.
+    """
     if gate is None:
         return {}
     if kind != "gated":
         raise FeatclError(f"kind {kind!r} takes no gate: only `gated` is triggered by features' own activations")
-    return {int(layer): gate[layer] for layer in gate} if isinstance(gate, Mapping) else {None: gate}
+    if not isinstance(gate, Mapping):
+        one: DirectionSet = gate
+        return dict.fromkeys(layers, one)
+    gates = {int(layer): gate[layer] for layer in gate}
+    if missing := [layer for layer in layers if layer not in gates]:
+        raise FeatclError(f"layer {missing[0]}: the mapping of gates has none for it; leave `gate` out for the own")
+    if unknown := sorted(set(gates) - set(known)):
+        raise FeatclError(
+            f"layer {unknown[0]}: it has a gate, but there are directions only for {', '.join(map(str, known))}"
+        )
+    return gates
+
+
+def _digests(encoder: FeatureEncoder) -> list[str]:
+    """One per feature; of its own column, or of all columns where they compete (TopK)."""
+
+    def digest(tensors: Sequence[Tensor]) -> str:
+        return files.digest_bytes(b"".join((tensor + 0.0).numpy().tobytes() for tensor in tensors))
+
+    tensors = {name: tensor.detach().float().cpu() for name, tensor in encoder.tensors().items()}
+    b_dec, settings = tensors.pop("b_dec"), (encoder.activation, encoder.active, encoder.normalize)
+    if encoder.activation == "topk":
+        whole = digest([b_dec, *tensors.values()])
+        return [f"{settings} {whole} {position}" for position in encoder.chosen]
+    return [
+        f"{settings} {digest([b_dec, *(tensor[..., position] for tensor in tensors.values())])}"
+        for position in encoder.chosen
+    ]
 
 
 def _check_gate(gate: DirectionSet, layer: int, d_model: int, own_layer: int) -> None:

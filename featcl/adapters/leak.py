@@ -110,8 +110,9 @@ def counted_tokens(model: Any, input_ids: Tensor, attention_mask: Tensor | None)
     """True where a token enters the averages: not padding, and not a start token in first place.
 
     Raises:
-        FeatclError: If nothing is left.
+        FeatclError: If nothing is left, or the batch is not [batch, seq].
     """
+    _check_batch(input_ids, attention_mask)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     keep = mask.bool().clone()
     start = inner_model(model).config.get_text_config().bos_token_id
@@ -121,6 +122,17 @@ def counted_tokens(model: Any, input_ids: Tensor, attention_mask: Tensor | None)
     if not bool(keep.any()):
         raise FeatclError(f"no token to measure: only {EXCLUDED} in the batch")
     return keep
+
+
+def _check_batch(input_ids: Any, attention_mask: Any) -> None:
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.numel() == 0:
+        have = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise FeatclError(f"no token to measure: input_ids must be [batch, seq] with a token at least, not {have}")
+    if attention_mask is None:
+        return
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
+        have = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise FeatclError(f"attention_mask must be {list(input_ids.shape)} like input_ids, not {have}")
 
 
 class _WriteMeter:

@@ -46,3 +46,14 @@ def turn_moments_(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, tur
         for name in _SQUARES & set(past):
             state[name] = (1 - beta_square) * mean.square()
         state["step"] = torch.ones_like(torch.as_tensor(state["step"], dtype=torch.float32))
+
+
+def new_accumulator_(parameter: nn.Parameter) -> None:
+    """Let go of the autograd node that collects a parameter's gradient, before its shape changes.
+
+    A loss that the caller still holds keeps that node alive, with the old shape, and the next backward pass would
+    refuse the new one. Torch makes another where the data change their dtype, so they do, for a moment.
+    """
+    data = parameter.data
+    parameter.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float64 else torch.float64)
+    parameter.data = data

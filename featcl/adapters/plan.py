@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from featcl.adapters.fold import Fold, fold
 from featcl.adapters.sets import DirectionSet, Role, bounding, feature_ids, independent_sets
 from featcl.errors import FeatclError
+from featcl.features.hooks import resolve
 from featcl.models import ResidualMap, Site, inner_model, residual_map, resolve_hook
 from featcl.subspace import Subspace
 
@@ -64,10 +66,13 @@ def plan_sites(
         FeatclError: As `featcl.constrain`.
     """
     residual = residual_map(model)
+    check_directions(model, directions)
     sets = _sets_by_layer(model, residual, directions, layers)
     for layer, chosen in sets.items():
         check_vectors(chosen, residual.d_model, layer)
+    hook_layers = {layer: _hook_layer(model, chosen) for layer, chosen in sets.items()}
     sites = _chosen_sites(residual, kind, sets, modules)
+    _check_protected_roles(protect, {role for _, role in sites}, kind)
     if near_dependent == "drop":
         sets = independent_sets(sets, sites, fold_norms)
     folds: dict[tuple[Any, ...], Fold] = {}
@@ -84,7 +89,7 @@ def plan_sites(
                 fold_norms=fold_norms,
                 names=[f"feature {feature}" for feature in feature_ids(chosen)],
             )
-        plans.append(SitePlan(site, role, chosen, _hook_layer(model, chosen), folds[key]))
+        plans.append(SitePlan(site, role, chosen, hook_layers[site.layer], folds[key]))
     return tuple(plans)
 
 
@@ -125,13 +130,68 @@ def _default_layers(top: int, n_layers: int) -> list[int]:
 
 
 def _hook_layer(model: nn.Module, directions: DirectionSet) -> int:
-    name = directions.hook_name
-    return resolve_hook(model, name)[1] if name and "hook_resid" in name else int(directions.layer)
+    """The block of the hook; name and layer must agree, whichever spelling the name has."""
+    name, layer = directions.hook_name, int(directions.layer)
+    if name is None:
+        return layer
+    if not isinstance(name, str):
+        raise FeatclError(f"directions: hook_name must be a name such as blocks.{{L}}.hook_resid_post, not {name!r}")
+    try:
+        found = resolve_hook(model, name)[1]  # knows the layers' path of any model, but only residual-stream hooks
+    except FeatclError:
+        found = resolve(model, name).layer
+    if found != layer:
+        raise FeatclError(f"directions: hook {name!r} lies at block {found}, but their layer is {layer}")
+    return found
 
 
 def _check_layer(layer: int, residual: ResidualMap) -> None:
     if not 0 <= layer < residual.n_layers:
         raise FeatclError(f"layer {layer} is out of range: the model has blocks 0 to {residual.n_layers - 1}")
+
+
+def check_directions(model: nn.Module, directions: Any) -> None:
+    """Refuse what is neither a set of directions nor a mapping from layers to sets, and a hook that is not its layer's.
+
+    Raises:
+        FeatclError: Such a value; or an architecture whose residual stream is not known.
+    """
+    residual_map(model)
+    if isinstance(directions, Mapping):
+        for layer in directions:
+            _check_index("the mapping from layer to directions: a layer", layer)
+    for chosen in directions.values() if isinstance(directions, Mapping) else [directions]:
+        if not isinstance(chosen, DirectionSet) or not isinstance(chosen.vectors, Tensor):
+            raise FeatclError(f"directions must be featcl.Directions, or {{layer: Directions}}, not {_short(chosen)}")
+        _check_index("directions: their layer", chosen.layer)
+        _hook_layer(model, chosen)
+
+
+def check_layers(layers: Any) -> None:
+    """Refuse layers that are not a list of whole numbers.
+
+    Raises:
+        FeatclError: Such layers.
+    """
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise FeatclError(f"layers must be a list of blocks such as [2, 3], not {_short(layers)}")
+    for layer in layers:
+        _check_index("layers: a block", layer)
+
+
+def _check_index(what: str, value: Any) -> None:
+    if not is_whole(value):
+        raise FeatclError(f"{what} must be a whole number, not {_short(value)}")
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is an integer of any library; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    """What to call a wrong value in one line."""
+    return repr(value) if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
 
 
 def check_vectors(directions: DirectionSet, d_model: int, layer: int) -> None:
@@ -163,16 +223,31 @@ def _chosen_sites(
     return sorted(sites, key=lambda chosen: chosen[0].layer)
 
 
+def _check_protected_roles(protect: Any, roles: set[Role], kind: str) -> None:
+    """A mapping must name at least one role that the chosen modules have; else it would protect nothing."""
+    if isinstance(protect, Mapping) and set(protect) <= {"write", "read"}:
+        given = sorted(role for role, what in protect.items() if what is not None)
+        if not set(given) & set(roles):
+            raise FeatclError(
+                f"protect: it names {' and '.join(given) or 'no role'}, but kind {kind!r} adapts what "
+                f"{' and '.join(sorted(roles))}s here: nothing would be protected"
+            )
+
+
 def protected_columns(protect: Any, role: Role, d_model: int, device: torch.device) -> Tensor | None:
     """Orthonormal columns N of what a role must leave alone, from a subspace, rows, directions, or one per role."""
     if isinstance(protect, Mapping):
-        if unknown := sorted(set(protect) - {"write", "read"}):
+        if unknown := sorted(set(protect) - {"write", "read"}, key=str):
             raise FeatclError(f"protect: unknown role {unknown[0]!r}, it takes write and read")
+        if all(what is None for what in protect.values()):
+            raise FeatclError("protect: the mapping is empty, so nothing would be protected; it takes write and read")
         protect = protect.get(role)
     if protect is None:
         return None
     if not isinstance(protect, Subspace):
-        rows = protect if isinstance(protect, Tensor) else protect.vectors
+        rows = protect if isinstance(protect, Tensor) else getattr(protect, "vectors", None)
+        if not isinstance(rows, Tensor) or rows.ndim != 2:
+            raise FeatclError(f"protect must be a Subspace, rows [m, d_model], or directions, not {_short(protect)}")
         protect = Subspace.from_vectors(rows, near_dependent="drop")
     if protect.d_model != d_model:
         raise FeatclError(f"protect: directions of width {protect.d_model}, the model has d_model = {d_model}")

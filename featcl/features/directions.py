@@ -59,6 +59,8 @@ class Directions:
                 raise FeatclError(f"directions: {what} must be unit rows: use Directions.from_vectors")
         if len(set(self.feature_ids)) != k:
             raise FeatclError("directions: a feature id occurs twice")
+        if (lowest := min(self.feature_ids)) < 0:
+            raise FeatclError(f"directions: feature id {lowest} is negative")
         if self.names is not None and len(self.names) != k:
             raise FeatclError(f"directions: {len(self.names)} names for {k} directions")
         if self.encoder is not None and self.encoder.k != k:

@@ -18,14 +18,19 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Float
+from torch import Tensor
+
 from featcl import models
 from featcl.errors import FeatclError
 from featcl.features import hooks
+from featcl.features.activity import SIGNIFICANT
 from featcl.features.chosen import directions_of, independent_features, sae_source
 from featcl.features.directions import Directions
 from featcl.features.provenance import Digests, refuse_overlap
@@ -59,7 +64,9 @@ def select_features(
     """The k features that a selector ranks highest, as directions with their provenance.
 
     Ranked selectors pass over a feature whose decoder row or encoder column lies in the span of those already chosen
-    (its id is in `manifest["passed_over"]`); `ids` and `hand` take what they are given.
+    (its id is in `manifest["passed_over"]`); `ids` and `hand` take what they are given. Where `contrast` keeps features
+    whose difference does not pass its false discovery rate, a line on standard error and
+    `manifest["chosen_significant"]` say how many do.
 
     Args:
         sae: A `sae_lens.SAE` of the residual stream, of `mlp_out`, or of attention at `hook_z`.
@@ -130,11 +137,25 @@ def _keep_first(
         "passed_over": passed_over,
         **ranking.facts,
     }
+    if "q_value" in ranking.scores and not ranking.fixed:
+        manifest["chosen_significant"] = _passing(ranking.scores["q_value"][chosen], text)
     if ranking.reasons:
         manifest["reasons"] = [ranking.reasons.get(feature) for feature in chosen]
     named = any(feature in ranking.names for feature in chosen)
     names = [ranking.names.get(feature, str(feature)) for feature in chosen] if named else None
     return directions_of(sae, model, chosen, selector=text, manifest=manifest, names=names)
+
+
+def _passing(q_value: Float[Tensor, " k"], text: str) -> int:
+    """How many chosen features pass the false discovery rate; where some do not, a line on standard error."""
+    passing = int((q_value <= SIGNIFICANT).sum())
+    if passing < len(q_value):
+        print(
+            f"{text}: {passing} of {len(q_value)} chosen features pass a false discovery rate of {SIGNIFICANT}; "
+            "more texts would help",
+            file=sys.stderr,
+        )
+    return passing
 
 
 def _absent(value: Any) -> bool:

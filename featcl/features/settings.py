@@ -55,19 +55,24 @@ def given(options: dict[str, Any]) -> SAESettings:
     settings = SAESettings(**{name: value for name, value in options.items() if value is not None})
     if settings.site not in SITES:
         raise FeatclError(f"SAE site {settings.site!r} is unknown: one of {', '.join(SITES)}")
+    if settings.d_sae is not None and settings.d_sae < 1:
+        raise FeatclError(f"d_sae = {settings.d_sae} must be at least 1")
+    if settings.context is not None and settings.context < 2:
+        raise FeatclError(f"context = {settings.context} must be at least 2 tokens")
     return settings
 
 
 def complete(settings: SAESettings, model: Any, d_in: int) -> SAESettings:
     """What was left open, from the hook's width and the model's context."""
-    settings = replace(
-        settings,
-        d_sae=settings.d_sae or 8 * d_in,
-        l0=settings.l0 or d_in / 5,
-        context=settings.context or min(512, max_context(model)),
-    )
+    implied = settings.l0 is None
+    defaults = {"d_sae": 8 * d_in, "l0": d_in / 5, "context": min(512, max_context(model))}
+    settings = replace(settings, **{name: value for name, value in defaults.items() if getattr(settings, name) is None})
     if settings.architecture not in ARCHITECTURES:
         raise FeatclError(f"SAE architecture {settings.architecture!r} is unknown: {', '.join(ARCHITECTURES)}")
+    if implied and not settings.l0 < settings.d_sae:  # type: ignore[operator]
+        raise FeatclError(
+            f"d_sae = {settings.d_sae} is too small for the default l0 = {settings.l0}: raise it, or give l0 as well"
+        )
     if not 1 <= settings.l0 < settings.d_sae:  # type: ignore[operator]
         raise FeatclError(f"l0 = {settings.l0} must lie between 1 and d_sae = {settings.d_sae}")
     if settings.storage not in ("float32", "bfloat16"):

@@ -63,6 +63,7 @@ def train_from_files(
         raise FeatclError("training an SAE needs at least one text file")
     if missing := [str(path) for path in text_files if not Path(path).is_file()]:
         raise FeatclError(f"text file {missing[0]} does not exist")
+    files.require_folder(out)
     like = options.pop("like", None)
     if like is not None and layers:
         raise FeatclError("a manifest names its layers: give either layers or a manifest to train like")

@@ -23,7 +23,8 @@ class StudyTable:
 
     Attributes:
         study: Name of the study.
-        rows: For each arm: `arm`, `status`, `seeds`, and the mean and standard deviation of each metric over seeds.
+        rows: For each arm: `arm`, `status`, `seeds`, seeds `left_out` (of another config), and the mean and
+            standard deviation of each metric over seeds.
     """
 
     study: str
@@ -64,9 +65,14 @@ def study_table(study: str | Path, *, output: str | Path = "results") -> StudyTa
     arms = study_arms(study)
     rows = tuple(_row(arm, Path(output)) for arm in arms)
     if not any(row["seeds"] for row in rows):
-        raise FeatclError(
-            f"{Path(output) / arms[0].config.study}: no finished run; start with: featcl run {arms[0].path}"
-        )
+        place = Path(output) / arms[0].config.study
+        stale = [f"{row['arm']} (seeds {', '.join(map(str, row['left_out']))})" for row in rows if row["left_out"]]
+        if stale:
+            raise FeatclError(
+                f"{place}: no finished run of the configs in {study}; runs of another config (other KEY=VALUE, or the "
+                f"file has changed) lie under {', '.join(stale)}; featcl run CONFIG --overwrite replaces them"
+            )
+        raise FeatclError(f"{place}: no finished run; start with: featcl run {arms[0].path}")
     return StudyTable(arms[0].config.study, rows)
 
 
@@ -89,6 +95,7 @@ def _row(arm: Arm, output: Path) -> dict[str, Any]:
         "k": arm.config.features.k,
         "status": status,
         "seeds": list(finished),
+        "left_out": stale,
         "metrics": _over_seeds(list(finished.values())),
     }
 

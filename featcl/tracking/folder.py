@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from featcl.errors import FeatclError
-from featcl.files import write_json
+from featcl.files import require_folder, write_json
 
 # What a run writes; `--overwrite` removes these and nothing else.
 FILES = ("config.json", "env.json", "metrics.jsonl", "R.json", "summary.json", "report.html", "quarantine.jsonl")
@@ -100,6 +100,7 @@ class RunFolder:
 
     def _check(self) -> None:
         if not self.path.exists():
+            require_folder(self.path)
             return
         if not self.path.is_dir():
             raise FeatclError(f"{self.path} is a file; a run needs a folder there")

@@ -225,6 +225,21 @@ def test_leak_needs_a_token_and_an_adapter_that_is_on(zoo):
         adapter.leak(ids, mask)
 
 
+@pytest.mark.parametrize("kind", ["both", "residual"])
+def test_leak_names_a_bad_batch(zoo, kind):
+    adapter = constrain(zoo.model("olmo2"), zoo.directions(), kind=kind)
+    ids, mask = zoo.batch()
+    for wrong, says in (
+        ((ids[:, :0], None), "no token to measure"),
+        ((ids[0], None), r"input_ids must be \[batch, seq\]"),
+        ((ids.tolist(), None), "not list"),
+        ((ids, mask[:, 1:]), "attention_mask must be"),
+        ((ids, mask[0]), "attention_mask must be"),
+    ):
+        with pytest.raises(FeatclError, match=says):
+            adapter.leak(*wrong)
+
+
 def test_padding_does_not_enter_the_leak(zoo):
     adapter = zoo.train(constrain(zoo.model("olmo2"), zoo.directions(), fold_norms=False))
     ids, mask = zoo.batch()
@@ -262,6 +277,29 @@ def test_padding_does_not_enter_the_leak(zoo):
         ({"protect": torch.ones(1, 8)}, "width 8"),
         ({"protect": {"think": torch.ones(1, 32)}}, "unknown role 'think'"),
         ({"kind": "none", "protect": torch.ones(1, 32)}, "cannot protect"),
+        ({"protect": {}}, "nothing would be protected"),
+        ({"kind": "shift", "protect": {}}, "nothing would be protected"),
+        ({"kind": "write", "protect": {"read": torch.ones(1, 32)}}, "names read, but kind 'write' adapts what writes"),
+        ({"kind": "read", "protect": {"write": torch.ones(1, 32)}}, "nothing would be protected"),
+        ({"protect": {"write": None}}, "nothing would be protected"),
+        ({"protect": {"read": torch.ones(1, 32)}, "modules": ["down_proj"]}, "nothing would be protected"),
+        ({"protect": [1, 2]}, "protect must be a Subspace, rows .* not a list"),
+        ({"protect": torch.ones(32)}, "protect must be .* not a Tensor"),
+        ({"protect": "x"}, "protect must be .* not 'x'"),
+        ({"rank": 2.5}, "rank must be a whole number, or None for k, not 2.5"),
+        ({"rank": True}, "rank must be a whole number"),
+        ({"kind": "residual", "rank": True}, "rank must be a whole number"),
+        ({"layers": 1}, "layers must be a list of blocks such as .* not 1"),
+        ({"layers": "12"}, "layers must be a list"),
+        ({"layers": [1.7]}, "a block must be a whole number, not 1.7"),
+        ({"layers": [True]}, "a block must be a whole number, not True"),
+        ({"near_dependent": "x"}, "near_dependent 'x' is not available: there is refuse and drop"),
+        ({"remainder": "x"}, "remainder 'x' is not available: there is keep and drop"),
+        ({"name": "training"}, "name 'training' cannot be used"),
+        ({"name": "forward"}, "name 'forward' cannot be used"),
+        ({"name": "keys"}, "name 'keys' cannot be used"),
+        ({"name": "items"}, "name 'items' cannot be used"),
+        ({"name": 3}, "name 3 cannot be used"),
     ],
 )
 def test_bad_arguments_are_one_clear_error_and_leave_the_model_alone(zoo, arguments, says):
@@ -279,6 +317,10 @@ def loose(vectors, layer=2):
     return SimpleNamespace(vectors=vectors, readers=None, feature_ids=None, hook_name=None, layer=layer, names=None)
 
 
+def at_hook(hook_name, layer):
+    return Directions.from_vectors(torch.eye(32)[:2], layer=layer, hook_name=hook_name)
+
+
 @pytest.mark.parametrize(
     ("directions", "says"),
     [
@@ -290,6 +332,14 @@ def loose(vectors, layer=2):
         (loose(torch.full((2, 32), float("inf"))), "NaN or infinity"),
         ({}, "the mapping from layer to directions is empty"),
         ({3: loose(torch.randn(3, 32), layer=2)}, "layer 3 lies above the hook of its directions"),
+        (None, "directions must be featcl.Directions"),
+        ({2: None}, "directions must be featcl.Directions"),
+        ({"2": loose(torch.randn(3, 32))}, "a layer must be a whole number, not '2'"),
+        (at_hook("blub", 3), "'blub' is no hook"),
+        (at_hook("model.layers.9.output", 3), "the model has blocks 0 to 3"),
+        (at_hook("model.layers.1.output", 3), "hook 'model.layers.1.output' lies at block 1, but their layer is 3"),
+        (at_hook("blocks.1.hook_resid_post", 3), "lies at block 1, but their layer is 3"),
+        (at_hook("blocks.1.hook_mlp_out", 3), "lies at block 1, but their layer is 3"),
     ],
 )
 def test_bad_directions_are_one_clear_error(zoo, directions, says):
@@ -317,6 +367,27 @@ def test_near_dependent_directions_are_refused_by_name_or_dropped_on_request(zoo
     assert adapter.leak(*zoo.batch()).leak <= 1e-6
     same = constrain(zoo.model(family), zoo.directions(), kind=kind, near_dependent="drop")
     assert same.rank == 6
+
+
+@pytest.mark.parametrize("hook_name", ["model.layers.1.output", "blocks.1.hook_resid_post"])
+def test_a_hook_kind_refuses_a_hook_that_is_not_its_layers(zoo, hook_name):
+    with pytest.raises(FeatclError, match="lies at block 1, but their layer is 3"):
+        constrain(zoo.model("olmo2"), at_hook(hook_name, 3), kind="residual")
+
+
+@pytest.mark.parametrize(
+    "hook_name",
+    [
+        "model.layers.1.output",
+        "blocks.1.hook_resid_post",
+        "blocks.2.hook_resid_pre",
+        "blocks.1.hook_mlp_out",
+        "blocks.1.attn.hook_z",
+    ],
+)
+def test_every_spelling_of_a_hook_adapts_the_blocks_up_to_it(zoo, hook_name):
+    adapter = constrain(zoo.model("olmo2"), at_hook(hook_name, 1))
+    assert (adapter.lowest_layer, adapter.top_layer, adapter.hook_layer) == (0, 1, 1)
 
 
 def test_near_dependence_is_judged_after_folding(zoo):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from featcl.adapters import constrain
 from featcl.adapters.kept import concatenated
 from featcl.errors import FeatclError
 from featcl.features import Directions
+from tests.adapters.gates import directions_for
 
 
 def logits(model, ids, mask):
@@ -185,6 +188,68 @@ def test_an_optimizer_of_something_else_is_refused(zoo):
     other = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
     with pytest.raises(FeatclError, match="does not train this adapter"):
         adapter.change_directions(zoo.directions(4, seed=7), optimizer=other)
+
+
+@pytest.mark.parametrize("kind", ["both", "residual", "shift"])
+def test_a_loss_that_is_still_held_does_not_hold_the_old_shape(zoo, kind):
+    adapter = constrain(zoo.model("llama"), zoo.directions(), kind=kind)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
+    advance(zoo, adapter, optimizer, 2)
+    held = zoo.loss(adapter.model, *zoo.batch())
+    held.backward()
+    parameters = adapter.parameters()
+    adapter.change_directions(zoo.directions(9, seed=7), optimizer=optimizer)
+    optimizer.zero_grad()
+    zoo.loss(adapter.model, *zoo.batch()).backward()
+    optimizer.step()
+    assert all(old is new for old, new in zip(parameters, adapter.parameters(), strict=True))
+    assert all(parameter.grad.shape == parameter.shape for parameter in adapter.parameters())
+    assert bool(held.isfinite())
+
+
+# --- features of another encoder
+
+
+def _topk(encoder):
+    return replace(encoder, activation="topk", threshold=None, active=2)
+
+
+@pytest.mark.parametrize("remainder", ["keep", "drop"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda encoder: replace(encoder, W_enc=1.5 * encoder.W_enc),
+        lambda encoder: replace(encoder, b_enc=encoder.b_enc - 0.5),
+        lambda encoder: replace(encoder, threshold=2 * encoder.threshold),
+        lambda encoder: replace(encoder, b_dec=encoder.b_dec + 0.5),
+        lambda encoder: replace(encoder, normalize="layer_norm"),
+        _topk,
+    ],
+)
+def test_the_same_id_of_another_encoder_is_another_feature(zoo, other, remainder):
+    model = zoo.model("gemma2")
+    directions = directions_for(zoo, model, fires=0.3)
+    adapter, _ = trained(zoo, constrain(model, directions, kind="gated"))
+    start = logits(model, *zoo.batch())
+    change = adapter.change_directions(replace(directions, encoder=other(directions.encoder)), remainder=remainder)
+    assert change.carried == 0.0
+    assert change.remainder == pytest.approx(change.before, rel=1e-5)
+    if remainder == "keep":
+        assert float((logits(model, *zoo.batch()) - start).abs().max()) <= 1e-5
+    assert adapter.delta_norm() == pytest.approx(change.before if remainder == "keep" else 0.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("competing", [False, True])
+def test_a_copy_of_the_encoder_is_the_same_one(zoo, competing):
+    model = zoo.model("gemma2")
+    directions = directions_for(zoo, model, fires=0.3)
+    if competing:
+        directions = replace(directions, encoder=_topk(directions.encoder))
+    adapter, _ = trained(zoo, constrain(model, directions, kind="gated"))
+    encoder = replace(directions.encoder, W_enc=directions.encoder.W_enc.clone())
+    change = adapter.change_directions(replace(directions, encoder=encoder))
+    assert change.carried == pytest.approx(change.before, rel=1e-5)
+    assert change.remainder <= 1e-5 * change.before
 
 
 # --- the frozen part

@@ -322,6 +322,25 @@ def test_a_gate_of_another_block_is_an_error(zoo):
         constrain(model, sets, kind="gated", gate=directions_for(zoo, model))
 
 
+@pytest.mark.parametrize(
+    ("layers", "says"), [([], "layer 1: the mapping"), ([1], "layer 3: the mapping"), ([1, 3, 2], "layer 2: it has a")]
+)
+def test_a_mapping_of_gates_names_the_adapted_layers_and_no_others(zoo, layers, says):
+    model = zoo.model("llama")
+    sets = {layer: directions_for(zoo, model, layer=layer) for layer in (1, 3)}
+    gates = {layer: directions_for(zoo, model, layer=layer, seed=5, k=4) for layer in layers}
+    with pytest.raises(FeatclError, match=says):
+        constrain(model, sets, kind="gated", gate=gates)
+
+
+def test_gates_of_layers_that_are_left_out_are_left_out_too(zoo):
+    model = zoo.model("llama")
+    sets = {layer: directions_for(zoo, model, layer=layer) for layer in (1, 3)}
+    gates = {layer: directions_for(zoo, model, layer=layer, seed=5, k=4) for layer in (1, 3)}
+    adapter = constrain(model, sets, kind="gated", gate=gates, layers=[3])
+    assert [site.plan.gate for site in adapter.sites] == [gates[3]]
+
+
 def test_spans_tell_what_is_written_and_read(zoo):
     adapter = hooked(zoo, "olmo2", "residual")
     directions = adapter.sites[0].plan.directions

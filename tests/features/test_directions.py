@@ -110,3 +110,8 @@ def test_bad_counts():
         Directions.from_vectors(torch.eye(4)[:2], layer=0, names=("one",))
     with pytest.raises(FeatclError, match="unit rows"):
         Directions(2 * torch.eye(4)[:2], None, (0, 1), "blocks.0.hook_resid_post", 0, "ids")
+
+
+def test_a_negative_feature_id_is_refused():
+    with pytest.raises(FeatclError, match="feature id -1 is negative"):
+        Directions.from_vectors(torch.eye(8)[:2], layer=0, feature_ids=[-1, 3])

@@ -87,6 +87,27 @@ def test_train_check_select_show(place, capsys):
     assert 0 < seen["features"][0]["active"] <= seen["features"][0]["tokens"] / 2
 
 
+def test_contrast_says_how_many_features_pass_its_false_discovery_rate(place, capsys):
+    train(capsys, place, "--layer", 1)
+    few = [place["tmp"] / "yes_few.txt", place["tmp"] / "no_few.txt"]
+    few[0].write_text("xylophone zebra\fquiz jazz")
+    few[1].write_text("meadow silent\fstone tree")
+
+    def select(positive: object, negative: object) -> tuple[int, list[float], str]:
+        arguments = ["select", "--sae", place["sae"], "--model", place["model"], "--selector", "contrast", "--k", 2,
+                     "--positive", positive, "--negative", negative, "--out", place["out"]]  # fmt: skip
+        assert cli.invoke([str(argument) for argument in ("features", *arguments)]) == 0
+        manifest = Directions.load(place["out"]).manifest
+        return manifest["chosen_significant"], manifest["scores"]["q_value"], capsys.readouterr().err
+
+    passing, q_value, said = select(*few)
+    assert passing == sum(q <= 0.05 for q in q_value) < 2
+    assert f"contrast: {passing} of 2 chosen features pass a false discovery rate of 0.05; more texts" in said
+    passing, _, said = select(place["yes"], place["no"])
+    assert passing == 2
+    assert "false discovery rate" not in said
+
+
 def test_select_validates_on_texts_it_did_not_choose_by(place, capsys):
     train(capsys, place, "--layer", 1)
     printed = run(
@@ -185,6 +206,26 @@ def test_ctrl_c_exits_with_130_and_the_same_command_goes_on(place, capsys, monke
         (["show", "OUT", "--sae", "s"], "either a folder of directions or --sae"),
         (["show", "--sae", "s"], "needs --model and --text"),
         (["show", "--sae", "s", "--model", "MODEL"], "at least one text file"),
+        (["show", "--sae", "s", "--model", "MODEL", "--text", "TEXT", "--k", "0"], "k must be at least 1"),
+        (["show", "--sae", "s", "--model", "MODEL", "--text", "TEXT", "--out", "MODEL"], "is a folder; name a file"),
+        (["show", "--sae", "s", "--model", "MODEL", "--text", "TEXT", "--out", "new/"], "new/ is a folder"),
+        (["show", "--sae", "s", "--model", "MODEL", "--text", "TEXT", "--out", "/proc/x/y.html"], "/proc/x"),
+        (["select", "--sae", "s", "--model", "MODEL", "--out", "TEXT", "--selector", "ids"], "is a file; a folder"),
+        (["select", "--sae", "s", "--model", "MODEL", "--out", "/proc/x", "--selector", "ids"], "/proc/x cannot be"),
+        (["select", "--sae", "s", "--model", "MODEL", "--out", "OUT", "--bundle", "/tmp/X.txt"], "--bundle /tmp/X.txt"),
+        (["train", "--model", "MODEL", "--layer", "1", "--text", "TEXT", "--out", "TEXT"], "is a file; a folder"),
+        (
+            ["train", "--model", "MODEL", "--layer", "1", "--text", "TEXT", "--out", "OUT", "--d-sae", "0"],
+            "error: d_sae = 0 must be at least 1",
+        ),
+        (
+            ["train", "--model", "MODEL", "--layer", "1", "--text", "TEXT", "--out", "OUT", "--d-sae", "2"],
+            "error: d_sae = 2 is too small for the default l0",
+        ),
+        (
+            ["train", "--model", "MODEL", "--layer", "1", "--text", "TEXT", "--out", "OUT", "--l0", "0"],
+            "error: l0 = 0.0 must lie between 1 and d_sae",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(place, capsys, arguments, says):

@@ -54,6 +54,13 @@ def test_results_of_another_config_are_left_out(study: Path, capsys: pytest.Capt
     assert "mean over tasks of R[T, j]" in printed
 
 
+def test_no_table_of_other_configs_only(study: Path) -> None:
+    finish(study, "base", 0, acc=0.25, digest="another")
+    finish(study, "base", 3, acc=0.25, digest="another")
+    with pytest.raises(FeatclError, match=r"runs of another config .* lie under base \(seeds 0, 3\)"):
+        study_table(study, output=study.parent / "results")
+
+
 def test_what_cannot_be_a_table(study: Path, tmp_path: Path) -> None:
     with pytest.raises(FeatclError, match="no such study"):
         study_table(tmp_path / "nowhere")
