@@ -35,6 +35,8 @@ _NAMES = {
     "constrain": "featcl.adapters",
     "ConstrainedAdapter": "featcl.adapters",
     "load_adapter": "featcl.adapters",
+    "attach_memory": "featcl.memory.attach",
+    "AttachedMemory": "featcl.memory.attach",
     "Learner": "featcl.learning",
     "environment_stream": "featcl.learning.acting",
     "document_experiences": "featcl.streams.documents",
@@ -42,9 +44,12 @@ _NAMES = {
     "RunResult": "featcl.evaluation.result",
 }
 # Rooms reached as attributes. `run` is one of them: the module is callable, so `featcl.run(config)` works.
-_MODULES = ("adapters", "evaluation", "features", "lab", "learning", "objectives", "run", "streams", "tracking")
+_MODULES = (
+    "adapters", "evaluation", "features", "lab", "learning", "memory", "objectives", "run", "streams", "tracking",
+)  # fmt: skip
 
 __all__ = [
+    "AttachedMemory",
     "ConfigError",
     "ConstrainedAdapter",
     "Directions",
@@ -60,6 +65,7 @@ __all__ = [
     "adapters",
     "as_bridge",
     "as_iterator",
+    "attach_memory",
     "check_sae",
     "constrain",
     "document_experiences",
@@ -71,6 +77,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "load_sae",
+    "memory",
     "objectives",
     "read_trajectories",
     "run",
@@ -85,6 +92,7 @@ if TYPE_CHECKING:
     from featcl import features as features
     from featcl import lab as lab
     from featcl import learning as learning
+    from featcl import memory as memory
     from featcl import objectives as objectives
     from featcl import streams as streams
     from featcl import tracking as tracking
@@ -103,6 +111,8 @@ if TYPE_CHECKING:
     from featcl.learning import Learner as Learner
     from featcl.learning import Reply as Reply
     from featcl.learning.acting import environment_stream as environment_stream
+    from featcl.memory.attach import AttachedMemory as AttachedMemory
+    from featcl.memory.attach import attach_memory as attach_memory
     from featcl.models import load_model as load_model
     from featcl.run import run as run
     from featcl.streams import LiveSource as LiveSource

@@ -395,10 +395,12 @@ def lab_train(
     out: Annotated[Path | None, typer.Option(help="Folder to write; the package's own assets by default.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, data and order.")] = 0,
 ) -> None:
-    """Make a lab model's assets anew: tokenizer, base, teacher and SAEs. Takes about 25 minutes on two cores."""
+    """Make a lab model's assets anew: tokenizer, base, teacher and SAEs. Takes 35 to 55 minutes on two cores."""
     from featcl.lab.make import make_assets
+    from featcl.learning.heap import keep_heap_
     from featcl.models import LAB_ASSETS
 
+    keep_heap_()
     family = model.removeprefix("lab/")
     make_assets(
         family, out or LAB_ASSETS / family, seed=seed, say=lambda line: print(line, file=sys.stderr, flush=True)

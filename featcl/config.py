@@ -232,7 +232,11 @@ class WeighingConfig(Part):
     A list of phases with `policy` leaves `reward` out: a low reward is there what is learned from.
     """
 
-    signals: tuple[Literal["reward", "surprise", "agreement", "energy", "prior"], ...] = ("reward", "surprise", "prior")
+    signals: tuple[Literal["reward", "surprise", "agreement", "energy", "memory", "prior"], ...] = (
+        "reward",
+        "surprise",
+        "prior",
+    )
     quarantine_below: Annotated[float, Strict(), Field(ge=0, lt=1)] = 0.0
     priors: dict[str, Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]] = {}  # source: factor, else 1
 
@@ -294,6 +298,53 @@ class LearnerConfig(Part):
         return _nonempty(objectives, "objectives")
 
 
+class MemoryTrainingConfig(Part):
+    """How slow weights are trained: the full context, distilled into one window at a time with memory."""
+
+    steps: Count = 400
+    batch: Count = 16  # texts in a step
+    lr: Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)] = 3.0e-3
+    window: Annotated[int, Strict(), Field(ge=8)] = 48  # tokens that the truncated context has at most
+    context: Annotated[int, Strict(), Field(ge=16)] = (
+        112  # tokens that the full context has; of files, all have as many
+    )
+    texts: Texts = None  # files of text or conversations; null: long conversations of the laboratory
+    heldout: Count = 96  # texts that are only measured on
+    gate_only: Annotated[bool, Strict()] = (
+        False  # slow weights stay as drawn: the control that says what they are worth
+    )
+
+    @model_validator(mode="after")
+    def _cut(self) -> MemoryTrainingConfig:
+        if self.context <= self.window:
+            raise ValueError(f"context {self.context} must be longer than window {self.window}: nothing is forgotten")
+        return self
+
+
+class MemoryConfig(Part):
+    """A memory of fixed size on one block; `kind: features` reads the chosen features and writes into their span."""
+
+    kind: Literal["free", "features"] = "free"
+    form: Literal["gate", "context", "layer"] = "gate"
+    layer: Annotated[int, Strict(), Field(ge=0)] | None = None  # null: the middle block, or that of the features' SAE
+    heads: Count = 4
+    depth: Count = 1  # layers of the network that is the memory; 1 is linear
+    chunk_size: Count = 16  # tokens whose gradients are taken at the same weights
+    head_dim: Count | None = None  # null: d_model / heads
+    conv: Annotated[int, Strict(), Field(ge=0)] = 0  # tokens that the short convolution sees; 0 for none
+    persistent: Annotated[int, Strict(), Field(ge=0)] = 0  # tokens that every memory has read first
+    momentum: Annotated[bool, Strict()] = True
+    decay: Annotated[bool, Strict()] = True
+    path: str | None = None  # a folder of trained slow weights, such as a run's `memory`
+    train: MemoryTrainingConfig | None = None  # before the stream; with path, training goes on from there
+
+    @model_validator(mode="after")
+    def _useful(self) -> MemoryConfig:
+        if self.path is None and self.train is None:
+            raise ValueError("an untrained memory changes nothing: give train (train: {} for its defaults) or path")
+        return self
+
+
 class CanariesConfig(Part):
     """A small fixed set of general items, scored between evaluations: `items` of them, every `every` updates."""
 
@@ -351,7 +402,7 @@ class RunConfig(Part):
     phases: tuple[LearnerConfig, ...] | None = None
     teacher: str | None = None  # a model with the same tokenizer, for the objective `distillation`
     methods: tuple[MethodConfig, ...] = ()
-    memory: Any | None = None
+    memory: MemoryConfig | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -391,11 +442,12 @@ class RunConfig(Part):
             raise ValueError("a guard watches the whole run: set it under learner.guard, not in one of the phases")
         return self
 
-    @field_validator("memory")
-    @classmethod
-    def _no_memory(cls, memory: Any) -> None:
-        if memory is not None:
-            raise ValueError("this version has no neural memory; use null")
+    @model_validator(mode="after")
+    def _something_to_surprise(self) -> RunConfig:
+        weighing = self.learner.weighing
+        if weighing is not None and "memory" in weighing.signals and self.memory is None:
+            raise ValueError("learner.weighing: the signal memory is what surprises a memory, and memory is null")
+        return self
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,48 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         raise
 
 
-def append_bytes(file: Any, data: bytes) -> None:
-    """Append to an unbuffered binary file: all of `data`, or, where a full disk takes a part, an error and none."""
+def open_append(path: str | Path) -> Any:
+    """Open a binary file to append to; a new one is made with its folder, and its name is on the disk at once.
+
+    It is unbuffered: what is written is the operating system's, which a killed process survives.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as it is written)
+    if new:
+        sync_folder(path.parent)
+    return file
+
+
+def append_bytes(file: Any, data: bytes, *, sync: bool = False) -> None:
+    """Append to an unbuffered binary file: all of `data`, or, where that fails on the way, an error and none.
+
+    Args:
+        file: From `open_append`.
+        data: What is added at its end.
+        sync: Wait until it is on the disk.
+    """
     size, done = file.seek(0, os.SEEK_END), 0
     try:
         while done < len(data):
             done += file.write(data[done:])
-    except OSError:
-        file.truncate(size)
+        if sync:
+            os.fsync(file.fileno())
+    except BaseException:
+        with suppress(OSError):
+            file.truncate(size)
         raise
+
+
+def sync_folder(path: str | Path) -> None:
+    """Wait until the names in a folder are on the disk, where the system can say that of a folder."""
+    with suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The order of things in a run: evaluations, updates, looks at the canaries."""
+"""The order of things in a run: a memory's training, evaluations, updates, looks at the canaries."""
 
 from __future__ import annotations
 
@@ -20,6 +20,18 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Memorize:
+    """One step of the training of the memory's slow weights."""
+
+
+@dataclass(frozen=True)
+class MeasureMemory:
+    """Read held-out long texts with the memory, without it, and whole; `when` is "untrained" or "trained"."""
+
+    when: str
+
+
+@dataclass(frozen=True)
 class CheckCanaries:
     """Look at the small fixed set between evaluations."""
 
@@ -31,13 +43,17 @@ class Evaluate:
     row: str
 
 
-Step = Update | CheckCanaries | Evaluate
+Step = Memorize | MeasureMemory | Update | CheckCanaries | Evaluate
 
 
 def plan(experiment: Experiment) -> Iterator[Step]:
     """Every step of a run in order; a resumed run skips those that are done."""
     canaries = experiment.config.evaluation.canaries
     updates = 0
+    if experiment.memorizing is not None:
+        yield MeasureMemory("untrained")
+        yield from (Memorize() for _ in range(experiment.memorizing.steps))
+        yield MeasureMemory("trained")
     yield Evaluate("base")
     for task in experiment.material.tasks:
         for phase, limit in enumerate(experiment.experiences):

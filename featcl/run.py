@@ -11,7 +11,7 @@ import types
 from featcl.build import build
 from featcl.config import RunConfig
 from featcl.evaluation.result import RunResult
-from featcl.plan import CheckCanaries, Evaluate, Update, plan
+from featcl.plan import CheckCanaries, Evaluate, MeasureMemory, Memorize, Update, plan
 from featcl.session import Session
 from featcl.tracking.folder import RunFolder, stopping_cleanly
 from featcl.tracking.interrupt import Interruptible
@@ -42,6 +42,10 @@ def run(config: RunConfig, *, overwrite: bool = False) -> RunResult:
         with Session(experiment, folder, interrupt) as session:
             for step in session.remaining(plan(experiment)):
                 match step:
+                    case Memorize():
+                        session.memorize()
+                    case MeasureMemory():
+                        session.measure_memory(step.when)
                     case Update():
                         session.learn(step)
                     case CheckCanaries():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from featcl.build import Experiment, acting_rounds
+from featcl.build.memory import save_memory
 from featcl.errors import FeatclError
 from featcl.evaluation import ScoreMatrix
 from featcl.evaluation.board import without_columns
@@ -33,8 +34,9 @@ from featcl.tracking.names import TOKENS_SEEN
 from featcl.tracking.progress import progress_bar, say
 from featcl.tracking.report import draw_plots, write_report
 
-COUNTERS = ("position", "phase", "left_out", "quarantined")
+COUNTERS = ("position", "phase", "left_out", "quarantined", "stopped", "recall")
 QUARANTINE = "quarantine.jsonl"
+MEMORY = "memory.safetensors"
 T = TypeVar("T")
 PROBE_TOKENS = 128  # of each text on which the leak is measured
 
@@ -54,6 +56,8 @@ class Session:
         self.folder = folder
         self.interrupt = interrupt
         self.position = self.phase = self.left_out = self.quarantined = 0
+        self.stopped: str | None = None
+        self.recall: dict[str, dict[str, float]] = {}
         self.rounds = acting_rounds(experiment.config, experiment.learner, folder.path / "episodes")
         material = experiment.material
         self.matrix = ScoreMatrix(material.columns, len(material.tasks), material.board.measure)
@@ -109,6 +113,7 @@ class Session:
             stats, stopped = _unless_stopped(partial(self.learner.observe, trajectory))
             self._record(stats, step.task)
             self.position += 1
+            self.stopped = None if stopped is None else str(stopped)
         if stopped is not None:
             raise stopped
         if self._due():
@@ -157,6 +162,31 @@ class Session:
         assert self.rounds is not None
         return self.rounds.trajectory(step.trajectory, phase=step.phase)
 
+    def memorize(self) -> None:
+        """One step of the memory's training."""
+        training = self.experiment.memorizing
+        assert training is not None
+        with self.interrupt.protected():
+            start = time.perf_counter()
+            done = training.step_()
+            record = {"memory/step": training.done, "memory/train_kl": done.loss, "memory/grad_norm": done.grad_norm}
+            self._log({"kind": "memory_step", **record, "seconds/memory": time.perf_counter() - start})
+            self.position += 1
+        if self._due():
+            self._save()
+
+    def measure_memory(self, when: str) -> None:
+        """What the memory is worth on held-out long texts, before its training and after; then it is on disk."""
+        training = self.experiment.memorizing
+        assert training is not None
+        with self.interrupt.protected():
+            start = time.perf_counter()
+            self.recall[when] = training.measure()
+            seconds = time.perf_counter() - start
+            self._log({"kind": "memory", "when": when, **self.recall[when], "seconds/memory": seconds})
+            self.position += 1
+        self._save()
+
     def check_canaries(self) -> None:
         """Losses, flips and forgetting on the small fixed set."""
         with self.interrupt.protected():
@@ -191,6 +221,7 @@ class Session:
             stats, stopped = _unless_stopped(self.learner.flush)
             assert stats is not None
             self._record(stats, task)
+            self.stopped = None if stopped is None else str(stopped)
         if stopped is not None:
             raise stopped
 
@@ -200,6 +231,8 @@ class Session:
         self.closing = True  # the last evaluation has saved the state
         with self.interrupt.protected():
             self.learner.save_adapter(path / "adapter")
+            if self.learner.memory is not None:
+                save_memory(self.learner.memory, path / "memory")
             features = self.experiment.adapter.report(20).to_dicts()
             if features:
                 self.tracker.table("features", list(features[0]), [list(row.values()) for row in features])
@@ -235,7 +268,14 @@ class Session:
             "tokens_left_out": self.left_out,
             "quarantined": self.quarantined,
             **({"alarms": self.learner.guard.alarms} if self.learner.guard is not None else {}),
+            **({"memory": self._memory()} if self.learner.memory is not None else {}),
         }
+
+    def _memory(self) -> dict[str, Any]:
+        """Sizes, and what it was worth on held-out long texts."""
+        memory = self.learner.memory
+        trained = sum(parameter.numel() for parameter in memory.parameters())
+        return {"trained_parameters": trained, "state_bytes": memory.memory.initial_state(1).nbytes, **self.recall}
 
     def _leak(self) -> dict[str, float]:
         """What the update writes outside the chosen span, on texts of the calibration split."""
@@ -286,6 +326,8 @@ class Session:
     def _write(self, target: Path) -> None:
         canaries = self.experiment.canaries
         self.learner.save(target / "learner")
+        if self.experiment.memorizing is not None:
+            self.experiment.memorizing.save(target / MEMORY)
         if self.matrix.rows:
             self.matrix.save(target / "R.json")
         session = {name: getattr(self, name) for name in COUNTERS}
@@ -306,11 +348,14 @@ class Session:
             setattr(self, name, session[name])
         if (state / "R.json").is_file():
             self.matrix = ScoreMatrix.load(state / "R.json")
+        if self.experiment.memorizing is not None:
+            self.experiment.memorizing.restore_(state / MEMORY)
         self.learner.reconfigure(**self.experiment.phases[self.phase])  # says which teachers the state is asked for
         self.learner.restore_(state / "learner")
         self.ledger.cut_back_(session["ledger"])
-        if (self.folder.path / QUARANTINE).is_file():
-            os.truncate(self.folder.path / QUARANTINE, session["quarantine"])
+        quarantine = self.folder.path / QUARANTINE
+        if quarantine.is_file():  # a power cut may have left less of it than the checkpoint knew: never pad with zeros
+            os.truncate(quarantine, min(quarantine.stat().st_size, session["quarantine"]))
         self.begun = self.ahead.read()
         if self.experiment.canaries is not None:
             self.experiment.canaries.load_state_dict(session["canaries"])
@@ -319,8 +364,10 @@ class Session:
     def _say_resumed(self, differs: Sequence[str]) -> None:
         """That the run goes on, what it was doing, and why its last bits may not be those of an uninterrupted run."""
         begun = self.begun
-        last = f", while learning from {begun.trajectory.get('id')!r}" if begun else ""
-        say(f"{self.folder.path} was interrupted{last}; going on after {self.learner.version} updates")
+        ended = "was interrupted" + (f", while learning from {begun.trajectory.get('id')!r}" if begun else "")
+        if self.stopped is not None:
+            ended = f"was stopped by its guard ({self.stopped})"
+        say(f"{self.folder.path} {ended}; going on after {self.learner.version} updates")
         if differs:
             say(f"resumed under other conditions ({'; '.join(differs)}): the numbers may differ in their last bits "
                 "from those of a run that was not interrupted")  # fmt: skip

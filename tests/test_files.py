@@ -38,3 +38,23 @@ def test_digests(tmp_path: Path) -> None:
     assert files.digest_file(path) == files.digest_bytes(b"abc") == hashlib.sha256(b"abc").hexdigest()
     assert files.digest_json({"a": 1, "b": 2}) == files.digest_json({"b": 2, "a": 1})
     assert files.digest_json({"a": 1}) != files.digest_json({"a": 2})
+
+
+def test_what_is_appended_is_there_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "log"
+    with files.open_append(path) as file:
+        files.append_bytes(file, b"one\n", sync=True)
+        for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
+
+            def failing(_: int, error: BaseException = error) -> None:
+                raise error
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "fsync", failing)
+                with pytest.raises(type(error)):
+                    files.append_bytes(file, b"two\n", sync=True)
+            assert path.read_bytes() == b"one\n"
+        files.append_bytes(file, b"three\n")
+    with files.open_append(path) as file:
+        files.append_bytes(file, b"four\n")
+    assert path.read_bytes() == b"one\nthree\nfour\n"

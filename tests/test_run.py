@@ -265,6 +265,7 @@ def test_a_loss_that_is_not_a_number_stops_before_the_weights_change(
         (["adapter.layers=[7]"], "7"),
         (["features.sae={1: SAE}"], "was trained at blocks.2.hook_resid_post"),
         (["features.background=/nowhere.txt"], "/nowhere.txt"),
+        (["learner.weighing={signals: [prior], priors: {nowhere: 0.5}}"], "no trajectory comes from 'nowhere'"),
         (["stream={path: null, name: lab/nothing}"], "lab stream 'lab/nothing' does not exist"),
     ],
 )

@@ -11,6 +11,7 @@ import torch
 
 from featcl.adapters import ConstrainedAdapter, constrain
 from featcl.build.directions import directions_of
+from featcl.build.memory import memory_of, training_of
 from featcl.build.stream import acting_rounds, check_suites, material_of
 from featcl.build.watching import denoising_of, guard_of, weigher_of
 from featcl.config import LearnerConfig, RunConfig
@@ -20,6 +21,7 @@ from featcl.features import Directions
 from featcl.learning import Learner
 from featcl.learning.heap import keep_heap_
 from featcl.learning.learner import LONGEST
+from featcl.learning.memorizing import MemoryTraining
 from featcl.models import declare_residual_map_, load_model, max_context, model_digest
 from featcl.streams import Chat
 
@@ -37,6 +39,7 @@ class Experiment:
         phases: Settings for `Learner.reconfigure`, run in order on each task.
         experiences: How many of each task's trajectories each phase learns from, the first ones; None is all.
         canaries: Scored between evaluations, or None.
+        memorizing: Trains the memory's slow weights before the stream; None where there is no memory, or a trained one.
         directions: One set, or one per layer.
         facts: What env.json records beside the machine.
     """
@@ -48,6 +51,7 @@ class Experiment:
     phases: tuple[Mapping[str, Any], ...]
     experiences: tuple[int | None, ...]
     canaries: Canaries | None
+    memorizing: MemoryTraining | None
     directions: Directions | Mapping[int, Directions]
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -91,21 +95,28 @@ def build(config: RunConfig, *, quarantine: str | Path | None = None) -> Experim
         remainder=config.adapter.remainder,
         seed=config.seed,
     )
+    # what they compare with is the base model: before a trained memory is attached
+    canaries = Canaries(adapter.model, chat, **material.canaries) if material.canaries else None
+    guard = guard_of(config, adapter.model, chat)
+    memory = memory_of(config, model, gates)
     learner = Learner(
         model,
         tokenizer,
         adapter,
         **phases[0],
-        weigher=weigher_of(config.learner),
+        weigher=weigher_of(config, material, memory),
         denoising=denoising_of(config, model, tokenizer, material, directions),
-        guard=guard_of(config, adapter.model, chat),
+        guard=guard,
+        memory=memory,
         teacher=teacher,
         background=material.plain_background,
         seed=config.seed,
     )
-    canaries = Canaries(adapter.model, chat, **material.canaries) if material.canaries else None
+    memorizing = training_of(config, memory, learner.student.scorer, chat, unseen=material.unseen)
     facts |= {"hooks": modules, "directions_digest": _digest(directions), "seed": config.seed}
-    return Experiment(config, material, adapter, learner, phases, experiences, canaries, directions, facts)
+    if memorizing is not None:
+        facts["memory_texts_digest"] = memorizing.texts.digest
+    return Experiment(config, material, adapter, learner, phases, experiences, canaries, memorizing, directions, facts)
 
 
 def apply_runtime(config: RunConfig) -> None:

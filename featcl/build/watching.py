@@ -6,26 +6,32 @@ from collections.abc import Mapping
 from typing import Any
 
 from featcl.build.files import paths_of
-from featcl.config import LearnerConfig, RunConfig
+from featcl.config import RunConfig
 from featcl.errors import FeatclError
 from featcl.evaluation.material import Material, split_background, suite_columns
 from featcl.evaluation.pool import item_pool, lab_items, text_pool
 from featcl.features import Directions, load_sae, random_features
 from featcl.learning.denoising import Denoising
 from featcl.learning.guard import CanaryGuard
-from featcl.learning.weighing import SignalWeigher
-from featcl.streams import Chat
+from featcl.learning.weighing import SignalWeigher, check_priors
+from featcl.streams import Chat, Trajectory
+from featcl.tracking.progress import say
 
 SPAN_SEED = 100_003  # the random features that denoising is compared with; `basis: random_features` has the run's seed
 GUARD_POOL_SEED = 20_011  # of the items that the guard draws from; the suites of R have another
 
 
-def weigher_of(learner: LearnerConfig) -> SignalWeigher | None:
-    """Says how far an experience is trusted."""
-    wanted = learner.weighing
+def weigher_of(config: RunConfig, material: Material, memory: Any = None) -> SignalWeigher | None:
+    """Says how far an experience is trusted; `memory` is what the signal of that name asks."""
+    wanted = config.learner.weighing
     if wanted is None:
         return None
-    return SignalWeigher(wanted.signals, priors=wanted.priors, quarantine_below=wanted.quarantine_below)
+    taught = [trajectory for task in material.tasks for trajectory in task.trajectories]
+    sources = {each.source for each in taught if isinstance(each, Trajectory)} or {str(config.stream.name)}
+    complete = config.stream.limit is None or config.stream.name is None
+    if note := check_priors(wanted.priors, sources, complete=complete):
+        say(note)
+    return SignalWeigher(wanted.signals, priors=wanted.priors, memory=memory, quarantine_below=wanted.quarantine_below)
 
 
 def denoising_of(

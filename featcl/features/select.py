@@ -100,7 +100,7 @@ def select_features(
     given: dict[str, Any] = {name: value for name, value in values.items() if not _absent(value)} | {"seed": seed}
     chosen_by, label = resolve(selector)
     hook = hooks.resolve(model, sae)
-    _require(chosen_by, label, given)
+    _require(chosen_by, label, given, too_few=stream is not None and "stream" not in given)
     texts = {name: given[name] for name in TEXTS if name in given}
     if held_out is not None:
         refuse_overlap(texts, held_out, tokenizer)
@@ -163,14 +163,21 @@ def _absent(value: Any) -> bool:
     return value is None or (hasattr(value, "__len__") and len(value) == 0)
 
 
-def _require(selector: Any, label: Any, given: Mapping[str, Any]) -> None:
+def _require(selector: Any, label: Any, given: Mapping[str, Any], *, too_few: bool) -> None:
+    """Refuse a selector that lacks something; `too_few`: there is a stream, but nothing of it to choose by."""
     lacking = missing(selector, given)
     if not lacking:
         return
+    why = ""
+    if too_few and any("stream" in need.split("|") for need in lacking):
+        why = (
+            " (a source of fewer than three trajectories, or one that repeats itself, has none to spare for choosing "
+            "features: give more trajectories, or a selector that needs no stream)"
+        )
     works = [name for name, one in SELECTORS.items() if not missing(one, given)]
     others = [f"{name} (needs {_listed(needs(one))})" for name, one in SELECTORS.items() if name not in works]
     raise FeatclError(
-        f"selector {label_text(label)!r} lacks its {_listed(lacking)}; with what is given these work: "
+        f"selector {label_text(label)!r} lacks its {_listed(lacking)}{why}; with what is given these work: "
         f"{', '.join(works) or 'none'}; others: {', '.join(others)}"
     )
 

@@ -65,7 +65,7 @@ Say = Callable[[str], None]
 
 
 def make_assets(family: str, out: str | Path, *, seed: int = 0, say: Say = print) -> None:
-    """Train everything of one family and write it below `out`, about half an hour on two cores.
+    """Train everything of one family and write it below `out`, 35 to 55 minutes on two cores.
 
     Args:
         family: `olmo2` or `gemma2`.

@@ -139,7 +139,7 @@ def train_(model: Any, data: Iterator[tuple[Tensor, Tensor]], schedule: Schedule
     matrices = [p for p in trained if p.ndim > 1]
     gains = [p for p in trained if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": schedule.weight_decay}, {"params": gains, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=(0.9, 0.98), fused=True)
     model.train()
     for parameter in trained:
         parameter.requires_grad_(True)
@@ -160,7 +160,11 @@ def train_(model: Any, data: Iterator[tuple[Tensor, Tensor]], schedule: Schedule
 
 
 def weighted_loss(logits: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """Next-token cross-entropy, each target counted by its weight."""
-    targets, counts = ids[:, 1:].reshape(-1), weights[:, 1:].reshape(-1)
-    losses = F.cross_entropy(logits[:, :-1].reshape(targets.numel(), -1).float(), targets, reduction="none")
-    return (losses * counts).sum() / counts.sum()
+    """Next-token cross-entropy, each target counted by its weight.
+
+    The last position, which has no target, counts zero: cutting it off would copy all logits, and again backwards.
+    """
+    targets, counts = ids.roll(-1, dims=1).flatten(), weights.roll(-1, dims=1)
+    counts[:, -1] = 0.0
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
+    return (losses * counts.flatten()).sum() / counts.sum()

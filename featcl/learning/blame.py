@@ -85,8 +85,7 @@ def blame_feature(history: History, feature: int, *, layer: int | None = None, r
     keys = feature_keys(history, feature, layer=layer, role=role)
     if not history.line:
         raise FeatclError("nothing was learned yet, so there is nothing to blame")
-    if history.changes(min(history.line)) != history.changes():
-        raise FeatclError("the directions were changed on the way: features are comparable since then only")
+    history.require_one_era(history.first)
 
     def row(coordinates: Mapping[str, Tensor]) -> Tensor:
         found = meaning.vectors(coordinates)
@@ -117,9 +116,13 @@ def blame_measure(history: History, measure: Callable[[Mapping[str, Tensor]], fl
         measure: Coordinates -> the number; called once per version.
         of: What it is, in words.
         unit: What it is in.
+
+    Raises:
+        FeatclError: If nothing was learned, or the directions were changed on the way.
     """
     if not history.line:
         raise FeatclError("nothing was learned yet, so there is nothing to blame")
+    history.require_one_era(history.first)
     first = value = measure(history.coordinates(history.first))
     parts = []
     for move in history.moves():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,53 @@ class Lines:
 
 
 @dataclass(frozen=True, eq=False)
+class Line:
+    """The way to the head, from the first version on; what was rolled back is not on it.
+
+    Attributes:
+        places: Version -> place of its record.
+        starts: Version without a record of its own that a chain of frames starts from -> place of the start.
+        eras: Version, of both -> place of the start of its era. A new one begins where directions were changed, all
+            that was learned was frozen, or updates were not recorded: across it, changes cannot be told from frames.
+        notes: Place of a note -> place of the record of the version at which it was made, also off the line.
+    """
+
+    places: dict[int, int] = field(default_factory=dict)
+    starts: dict[int, int] = field(default_factory=dict)
+    eras: dict[int, int] = field(default_factory=dict)
+    notes: dict[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, records: Sequence[Mapping[str, Any]]) -> Line:
+        """The line of a ledger's records."""
+        line, era = cls(), 0
+        for place, record in enumerate(records):
+            version, kind = record["version"], record["kind"]
+            if kind in VERSIONS:
+                line._cut_(version - 1)
+                line.places[version], line.eras[version] = place, era
+            elif kind == "note" and version in line.places:
+                line.notes[place] = line.places[version]
+            elif kind == "rollback":
+                line._cut_(version)
+            elif kind == "start":
+                line._cut_(version)
+                if version not in line.eras:
+                    line.starts[version] = place
+                before = records[line.eras.get(version, place)]
+                if version not in line.eras or any(before[key] != record[key] for key in ("features", "layout")):
+                    line.eras[version] = place
+                era = line.eras[version]
+        return line
+
+    def _cut_(self, version: int) -> None:
+        """Later versions left the line."""
+        for found in (self.places, self.starts, self.eras):
+            for number in [number for number in found if number > version]:
+                del found[number]
+
+
+@dataclass(frozen=True, eq=False)
 class Moved:
     """One version on the way to the head: its record, and the coordinates before and after it."""
 
@@ -54,6 +101,7 @@ class History:
 
     Args:
         folder: Of the ledger.
+        size: Read so many bytes of its lines, as a checkpoint counts on; None: all.
 
     Attributes:
         records: All events, in order.
@@ -63,26 +111,22 @@ class History:
         FeatclError: If there is none, or a line was changed.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, size: int | None = None) -> None:
         self.folder = Path(folder)
         if not (self.folder / LINES).is_file():
             raise FeatclError(f"{self.folder}: no ledger ({LINES}) here")
-        found = read_lines(self.folder)
+        found = read_lines(self.folder, size)
         self.records, self.torn, self.head = found.records, found.torn, found.head
         self._maps: dict[int, FeatureMap] = {}
 
     @cached_property
+    def _line(self) -> Line:
+        return Line.of(self.records)
+
+    @property
     def line(self) -> dict[int, int]:
         """Version -> place of its record in `records`, on the way to the head; what was rolled back is not on it."""
-        found: dict[int, int] = {}
-        for place, record in enumerate(self.records):
-            version = record["version"]
-            if record["kind"] in VERSIONS:
-                found = {number: at for number, at in found.items() if number < version} if version in found else found
-                found[version] = place
-            elif record["kind"] in ("rollback", "start") and any(number > version for number in found):
-                found = {number: at for number, at in found.items() if number <= version}
-        return found
+        return self._line.places
 
     @property
     def versions(self) -> tuple[Mapping[str, Any], ...]:
@@ -108,15 +152,15 @@ class History:
         return self.records[self.line[version]]
 
     def coordinates(self, version: int) -> dict[str, Tensor]:
-        """The coordinates of a version on the line, or of the one that the line starts from, bit-equal.
+        """The coordinates of a version on the line, or of one that it starts from, bit-equal.
 
         Raises:
             FeatclError: If there is no such version, or the ledger is damaged.
         """
         if version in self.line:
             place = self.line[version]
-        elif version == self.first and self.records:
-            place = next(at for at, record in enumerate(self.records) if record["kind"] == "start")
+        elif version in self._line.starts:
+            place = self._line.starts[version]
         else:
             self.record(version)
             raise AssertionError
@@ -146,26 +190,47 @@ class History:
 
     def features(self, version: int | None = None) -> FeatureMap:
         """What coordinates mean at a version; None: at the head."""
-        number = self.changes(version)
+        number = self.records[self._era(version)]["features"]
         if number not in self._maps:
             self._maps[number] = FeatureMap.load(self.folder / f"features-{number}.safetensors")
         return self._maps[number]
 
-    def changes(self, version: int | None = None) -> int:
-        """Changes of directions, and freezings of all that was learned, before a version; None: before the head.
+    def require_one_era(self, old: int, new: int | None = None) -> None:
+        """Raise unless what changed between two versions is the difference of their coordinates.
 
-        Where two versions differ in it, their coordinates cannot be subtracted.
+        Args:
+            old: A version.
+            new: A later one; None: the head.
+
+        Raises:
+            FeatclError: Naming the version between them from which on that is so.
         """
-        place = len(self.records) - 1 if version is None else self.line.get(version, 0)
-        starts = (r for r in reversed(self.records[: place + 1]) if r["kind"] == "start")
-        number = next((record["features"] for record in starts), None)
-        if number is None:
-            raise FeatclError(f"{self.folder}: nothing was learned yet")
-        return number
+        if (era := self._era(new)) != self._era(old):
+            start = self.records[era]["version"]
+            later = "the head" if new is None else f"v{new}"
+            raise FeatclError(
+                f"between v{old} and {later}, at v{start}, directions were changed, or what was learned was frozen "
+                f"(consolidate), or updates were not recorded: features can be compared from v{start} on"
+            )
 
-    def notes(self, what: str) -> list[Mapping[str, Any]]:
-        """What was noted under a name, in order."""
-        return [record for record in self.records if record["kind"] == "note" and record["what"] == what]
+    def _era(self, version: int | None) -> int:
+        """Place of the start of a version's era; None: of the head's, or where it has none, of the last."""
+        eras = self._line.eras
+        place = eras.get(self.head if version is None else version)
+        if place is None and version is None:
+            place = max(eras.values(), default=None)
+        if place is None:
+            raise FeatclError(f"{self.folder}: nothing was learned yet")
+        return place
+
+    def notes(self, what: str) -> list[tuple[int | None, Any]]:
+        """What was noted under a name, in order, each with the place of the version at which it was.
+
+        A number is given anew to another version once the first was rolled back; a place is not.
+        """
+        places = self._line.notes
+        found = enumerate(self.records)
+        return [(places.get(at), r["value"]) for at, r in found if r["kind"] == "note" and r["what"] == what]
 
     def _decoded(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """(place, coordinates) of every record with a frame, from one that stands alone on."""
@@ -193,16 +258,16 @@ class History:
                 yield place, now
 
 
-def read_lines(folder: str | Path) -> Lines:
-    """The lines of a ledger up to one that is cut off.
+def read_lines(folder: str | Path, size: int | None = None) -> Lines:
+    """The lines of a ledger up to one that is cut off; of its first `size` bytes, or of all.
 
     Raises:
         FeatclError: If a line before the last was changed, lost or moved.
     """
     path = Path(folder) / LINES
     records: list[dict[str, Any]] = []
-    check, size = "", 0
-    data = path.read_bytes() if path.is_file() else b""
+    check, end = "", 0
+    data = path.read_bytes()[:size] if path.is_file() else b""
     lines = data.split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line and number == len(lines):
@@ -211,12 +276,12 @@ def read_lines(folder: str | Path) -> Lines:
         whole = number < len(lines)
         if record is None or not whole or record["check"] != line_check(check, _without(record)):
             if number >= len(lines) - 1 and not b"".join(lines[number:]):
-                return Lines(tuple(records), size, f"{path}: line {number} is cut off; read up to it")
+                return Lines(tuple(records), end, f"{path}: line {number} is cut off; read up to it")
             raise FeatclError(f"{path}:{number}: this line was changed, or one before it is missing; restore the file")
         records.append(record)
         check = record["check"]
-        size += len(line) + 1
-    return Lines(tuple(records), size, None)
+        end += len(line) + 1
+    return Lines(tuple(records), end, None)
 
 
 def _without(record: Mapping[str, Any]) -> dict[str, Any]:

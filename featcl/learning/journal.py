@@ -7,7 +7,6 @@ damaged later is found and named, not read.
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from featcl.errors import FeatclError
-from featcl.files import append_bytes
+from featcl.files import append_bytes, open_append
 
 
 class Journal:
@@ -26,61 +25,67 @@ class Journal:
         after: So many records are known already; only later ones are kept in `records`.
 
     Raises:
-        FeatclError: If a line before the last is damaged; what comes after it cannot be trusted.
+        FeatclError: If a line is damaged, unless it is the last and was torn, or it is no journal; nothing is changed.
 
     Attributes:
         records: What it held after those when it was opened, in order.
+        known: The check of the last of those that are known, None where there is none.
     """
 
     def __init__(self, path: str | Path, *, after: int = 0) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.records, self._count, self._size = _read(self.path, after)
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as it is written)
-        self._file.truncate(self._size)
+        self.records, self._count, size, self.known = _read(self.path, after)
+        self._file = open_append(self.path)
+        self._file.truncate(size)
 
     def __len__(self) -> int:
         return self._count
 
-    def append_(self, record: Mapping[str, Any]) -> None:
+    def append_(self, record: Mapping[str, Any]) -> str:
         """Put a record on the disk; if that fails, as on a full disk, the file is as before.
+
+        Returns:
+            Its check.
 
         Raises:
             OSError: If it cannot be written.
         """
-        line = json.dumps({**record, "check": _check(record)}, ensure_ascii=True).encode() + b"\n"
-        append_bytes(self._file, line)
-        try:
-            os.fsync(self._file.fileno())
-        except OSError:
-            self._file.truncate(self._size)
-            raise
-        self._size += len(line)
+        plain = json.loads(json.dumps(record))  # as it will be read: keys are strings there
+        check = check_of(plain)
+        line = json.dumps({**plain, "check": check}, ensure_ascii=True).encode() + b"\n"
+        append_bytes(self._file, line, sync=True)
         self._count += 1
+        return check
 
     def close(self) -> None:
         """Nothing more will be written."""
         self._file.close()
 
 
-def _read(path: Path, after: int) -> tuple[list[dict[str, Any]], int, int]:
-    """Whole records after the first `after`; number and bytes of all. A torn last line is left out."""
+def _read(path: Path, after: int) -> tuple[list[dict[str, Any]], int, int, str | None]:
+    """Whole records after the first `after`; number and bytes of all; the check of number `after`.
+
+    A torn last line is left out.
+    """
     records: list[dict[str, Any]] = []
-    count = size = damaged = 0
+    known: str | None = None
+    count = size = torn = 0
     with open(path, "rb") if path.is_file() else nullcontext(()) as lines:
         for number, line in enumerate(lines, 1):
-            if damaged:
+            record = _parsed(line)
+            if torn or (record is None and not _torn(line)):
                 raise FeatclError(
-                    f"{path}:{damaged}: this line was damaged after it was written; restore the file, or move it away"
+                    f"{path}:{torn or number}: this line was damaged after it was written, or is of no journal; "
+                    "restore the file, or move it away"
                 )
-            record = _parsed(line) if line.endswith(b"\n") else None
-            if record is None:
-                damaged = number  # by a power cut, if nothing follows
+            if record is None or not line.endswith(b"\n"):
+                torn = number  # while it was written, if nothing follows
                 continue
             count, size = count + 1, size + len(line)
+            known = check_of(record) if count == after else known
             if count > after:
                 records.append(record)
-    return records, count, size
+    return records, count, size, known
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
@@ -90,9 +95,24 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         check = record.pop("check")
     except (ValueError, AttributeError, KeyError, TypeError):
         return None
-    return record if check == _check(record) else None
+    return record if check == check_of(record) else None
 
 
-def _check(record: Mapping[str, Any]) -> str:
+def _torn(line: bytes) -> bool:
+    """Whether a last line is the beginning of one of ours, or what a power cut leaves of it: zeros."""
+    begun = not line.endswith(b"\n") and line.startswith(b'{"'[: len(line)])
+    return line.startswith(b"\0") or (begun and not _is_json(line))
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def check_of(record: Mapping[str, Any]) -> str:
+    """CRC-32 of a record, as it is read."""
     text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return f"{zlib.crc32(text.encode()):08x}"

@@ -21,7 +21,8 @@ from featcl.learning.microbatch import SMALLEST, halving
 from featcl.learning.optimizers import build_optimizer, load_moments_, moments
 from featcl.learning.pending import Pending
 from featcl.learning.randomness import derived_generator
-from featcl.learning.revert import Reverted, subtract_
+from featcl.learning.remembering import Remembering, whole_ids
+from featcl.learning.revert import Reverted, Reverts, subtract_
 from featcl.learning.running import Usual
 from featcl.learning.settings import Settings
 from featcl.learning.stats import UpdateStats
@@ -69,7 +70,9 @@ class Learner(Talking):
         denoising: Measures every few updates what the span does to the gradient.
         guard: Looks at what is forgotten, and acts.
         ledger: Keeps what was learned from what.
-        memory: Not available yet.
+        memory: What `featcl.attach_memory` returned, with trained slow weights, which are frozen here. All that the
+            learner does reads its state; each experience that was learned from is written to it once, by the updated
+            model. The state is a part of every version (`revert` takes back weights only).
         canaries: Scored by whoever runs the learner; kept as an attribute.
         background: Texts for the objective `recover`; without any, the base model writes them.
         reward: Judges the replies that the objective `policy` samples: from an `Attempt` to a number.
@@ -107,9 +110,8 @@ class Learner(Talking):
         reward: Reward | None = None,
         seed: int = 0,
     ) -> None:
-        for name, value in (("methods", methods), ("memory", memory)):
-            if value:
-                raise FeatclError(f"Learner: {name} is not available yet; leave it out")
+        if methods:
+            raise FeatclError("Learner: methods is not available yet; leave it out")
         self.settings = Settings(
             objective, optimizer, lr, weight_decay, steps, max_kl_per_update, max_windows, mask, micro_batch, accumulate
         )
@@ -117,13 +119,15 @@ class Learner(Talking):
         self.canaries = canaries
         self.weigher, self.denoising, self.guard, self.ledger = as_weigher(weigher), denoising, guard, ledger
         self.background, self.reward = tuple(background), reward
-        self.seed = seed
+        self.memory, self.seed = memory, seed
+        self._remembering = None if memory is None else Remembering(memory, adapter)
         scorer = Scorer(adapter.model)
         length = min(max_context(model), LONGEST)
         other = model_teacher(teacher, scorer, tokenizer, max_length=length)
         self.student = Student(scorer, adapter, Chat(tokenizer), length, other)
         self.version = self.tokens = self._halvings = 0
         self.rewards, self.pending, self._versions = Usual(KEPT_REWARDS), Pending(), Versions(KEPT_VERSIONS)
+        self.reverts = Reverts()
         self._configure_(new_optimizer=True)
         self._versions.add_(self._snapshot())
         self._live = Live(self)
@@ -243,7 +247,7 @@ class Learner(Talking):
         stepped = stats.version > self.version
         self.version, self.tokens = stats.version, self.tokens + stats.tokens
         if experience is not None:
-            self._remember_(experience, stats)
+            stats = self._remember_(experience, stats, timings)
         if stepped:
             self.student.teachers.after_update_(self.version)
             if self.denoising is not None:
@@ -260,12 +264,19 @@ class Learner(Talking):
             self.ledger.append(stats, before.coordinates, snapshot.coordinates, trajectories=ids)
         return self._guarded_(stats, before, timings)
 
-    def _remember_(self, experience: Experience, stats: UpdateStats) -> None:
-        """What the next experiences are compared with."""
+    def _remember_(self, experience: Experience, stats: UpdateStats, timings: Timings) -> UpdateStats:
+        """What the next experiences are compared with, and what the memory holds of this one."""
         if self.weigher is not None:
             self.weigher.after_update_(experience, stats)
         if stats.quarantined is None and experience.trajectory.reward is not None:
             self.rewards.update_(experience.trajectory.reward)
+        if stats.quarantined is not None or self._remembering is None:
+            return stats
+        with timings.part("memory"):
+            ids = whole_ids(experience.trajectory, self.student.chat)
+            return stats.with_measures(
+                self._remembering.write_(ids, self.student.scorer, longest=self.student.max_length)
+            )
 
     def _guarded_(self, stats: UpdateStats, before: Snapshot, timings: Timings) -> UpdateStats:
         """Looked at by the guard, which may take the update back."""
@@ -291,7 +302,7 @@ class Learner(Talking):
         limits = (self.settings.max_kl_per_update, None if self.guard is None else self.guard.max_kl)
         return min((limit for limit in limits if limit is not None), default=None)
 
-    # --- memory -----------------------------------------------------------------------------------------------
+    # --- batches ----------------------------------------------------------------------------------------------
 
     @property
     def micro_batch(self) -> int:
@@ -413,11 +424,14 @@ class Learner(Talking):
     def revert(self, version: int) -> Reverted:
         """Take one update back: C ← C − (C_v − C_{v−1}), with the moments as they are; the result is a new version.
 
-        Exact in the weights, but what was learned since was learned by a model that had seen it.
+        Exact in the weights, but what was learned since was learned by a model that had seen it. A memory cannot forget
+        one experience out of many: it stays as it is, and `rollback` is what takes it back too.
 
         Raises:
-            FeatclError: If the version is neither kept nor in a ledger, or the directions were changed since.
+            FeatclError: If the version is neither kept nor in a ledger, its update was taken back already (a revert can
+                be taken back too), or the directions were changed since.
         """
+        self.reverts.refuse(version)
         numbers, latest = self.versions, self.version
         if version in numbers and version - 1 in numbers:
             before, after = (self._versions[number].coordinates for number in (version - 1, version))
@@ -429,6 +443,7 @@ class Learner(Talking):
         try:
             how, removed = subtract_(self.adapter, before, after)
             self.version += 1
+            self.reverts.add_(self.version, of=version)
             self.student.teachers.after_update_(self.version)
             self._versions.add_(self._snapshot())
             if self.ledger is not None:
@@ -464,7 +479,9 @@ class Learner(Talking):
             "denoising": self.denoising,
             "pending": self.pending,
             "rewards": self.rewards,
+            "reverts": self.reverts,
             "teachers": self.student.teachers,
+            "memory": self._remembering,
         }
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -507,6 +524,7 @@ class Learner(Talking):
     def save(self, directory: str | Path) -> None:
         """Write everything that the next update depends on: one file, replaced atomically."""
         settings = {**self.settings.to_json(), "seed": self.seed, "changes": self.adapter.changes}
+        settings["memory"] = None if self._remembering is None else self._remembering.weights_digest()
         last = self._versions.last
         last = replace(last, parts={**last.parts, **{name: part.state() for name, part in self._lasting().items()}})
         save_snapshot(directory, last, settings, versions=self._versions)
@@ -523,6 +541,7 @@ class Learner(Talking):
                 f"{directory}: saved after {changes} changes of directions, this adapter has had "
                 f"{self.adapter.changes}: its coordinates mean other directions; make the same changes first"
             )
+        self._check_memory(saved.get("memory"), directory)
         self._restore_with_own_optimizer_(snapshot)
         self._halvings = snapshot.counters["halvings"]  # the same batch shapes, so the same sums
         self.student = replace(self.student, batch_tokens=self.micro_batch)
@@ -531,6 +550,15 @@ class Learner(Talking):
                 part.load_state_(snapshot.parts[name])
         self._versions, _ = load_versions(directory, keep=KEPT_VERSIONS)
 
+    def _check_memory(self, digest: str | None, directory: str | Path) -> None:
+        """Refuse a state without its memory, or with one of other slow weights, to which it means nothing."""
+        own = None if self._remembering is None else self._remembering.weights_digest()
+        if digest is not None and digest != own:
+            found = "there is none" if own is None else "this one has other slow weights"
+            raise FeatclError(
+                f"{directory}: saved with a memory, and {found}; give `memory=` the one it was saved with"
+            )
+
     @classmethod
     def load(cls, directory: str | Path, model: Any, tokenizer: Any, adapter: Any, **settings: Any) -> Learner:
         """A learner with the settings it was saved with, going on exactly where it left off.
@@ -538,10 +566,11 @@ class Learner(Talking):
         Args:
             directory: Where `save` wrote.
             model, tokenizer, adapter: As for a new learner, the adapter constrained in the same way.
-            settings: What replaces or adds to the saved settings (teacher and background texts are not saved).
+            settings: What replaces or adds to the saved settings (teacher, background texts and memory are not saved).
         """
         _, saved = load_snapshot(directory)
-        saved.pop("changes", None)
+        for key in ("changes", "memory"):
+            saved.pop(key, None)
         learner = cls(model, tokenizer, adapter, **{**saved, **settings})
         learner.restore_(directory)
         return learner

@@ -20,15 +20,18 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from featcl.adapters.feature_map import FeatureMap
+from featcl.adapters.feature_map import FeatureMap, SiteMap
 from featcl.errors import FeatclError
-from featcl.files import append_bytes, digest_bytes
+from featcl.files import append_bytes, digest_bytes, open_append
 from featcl.learning.deltas import layout_of, pack, same
+from featcl.learning.revert import Reverts
 from featcl.learning.stats import UpdateStats
 
 LINES, FRAMES = "ledger.jsonl", "deltas.bin"
@@ -74,15 +77,14 @@ class RunLedger:
         frames: False: only lines are kept, so that `log` works and nothing that needs coordinates does.
         clock: Seconds since 1970; what `when` is.
 
-    Raises:
-        FeatclError: If what lies there is damaged.
+    What lies there damaged is an error at the first thing that is written; a power cut may damage what was written
+    after the last checkpoint, and `cut_back_` forgets that.
     """
 
     def __init__(
         self, folder: str | Path, adapter: Any, *, frames: bool = True, clock: Callable[[], float] = time.time
     ) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.adapter = adapter
         self.frames = frames
         self.clock = clock
@@ -92,8 +94,13 @@ class RunLedger:
         self._since = 0
         self._map: tuple[int, FeatureMap] | None = None  # of how many changes of directions
         self._changes = -1
-        self._lines, self._frames = (_opened(self.folder / name) for name in (LINES, FRAMES))
-        self._scan_()
+        self._meanings: set[int] = set()  # numbers of the maps that frames refer to
+        self._damage: FeatclError | None = None
+        self._lines, self._frames = (open_append(self.folder / name) for name in (LINES, FRAMES))
+        try:
+            self._scan_()
+        except FeatclError as error:
+            self._damage = error
 
     # --- what a learner calls
 
@@ -112,7 +119,14 @@ class RunLedger:
         )
 
     def reverted(self, version: int, *, of: int, before: Coordinates, after: Coordinates, how: str) -> None:
-        """A version was made by subtracting the update of version `of`; `how` exact that is."""
+        """A version was made by subtracting the update of version `of`; `how` exact that is.
+
+        Raises:
+            FeatclError: If that update was taken back already.
+        """
+        from featcl.learning.history import History
+
+        Reverts.recorded(History(self.folder).versions).refuse(of)
         self._version_("revert", version, before, after, {"of": of, "how": how})
 
     def rolled_back(self, version: int) -> None:
@@ -128,20 +142,25 @@ class RunLedger:
         """The coordinates before and after the update of a version.
 
         Raises:
-            FeatclError: If there is none on the way to the head, or its coordinates meant other directions.
+            FeatclError: If there is none on the way to the head, or it is not part of the present coordinates.
         """
         from featcl.learning.history import History
 
         history = History(self.folder)
         move = history.move(version)
-        if history.features(version).to_bytes() != self._meaning_().to_bytes():
-            raise FeatclError(f"v{version} moved along other directions than the present ones: it cannot be subtracted")
+        present, meant = self._meaning_(), history.features(version)
+        if not alike(meant, present) or layout_of(move.after) != layout_of(self.adapter.coordinates()):
+            raise FeatclError(
+                f"v{version} was made before directions were changed, or what was learned was frozen (consolidate): "
+                "it is not in the present coordinates, so it cannot be subtracted from them"
+            )
         return move.before, move.after
 
     # --- what a checkpoint needs
 
     def position(self) -> dict[str, Any]:
         """Where the ledger ends, for `cut_back_`; all before it is on the disk when this returns."""
+        self._require_whole()
         for file in (self._frames, self._lines):
             os.fsync(file.fileno())
         sizes = {name: os.fstat(file.fileno()).st_size for name, file in self._files()}
@@ -151,7 +170,7 @@ class RunLedger:
         """Forget what was written after `position`.
 
         Raises:
-            FeatclError: If the files are shorter than that.
+            FeatclError: If the files are shorter than that, damaged before it, or not those that it is a position in.
         """
         for name, file in self._files():
             size = os.fstat(file.fileno()).st_size
@@ -161,8 +180,14 @@ class RunLedger:
                     "restore the file, or start anew with --overwrite"
                 )
             file.truncate(position[name])
-        self._check, self.head = position["check"], position["head"]
-        self._last, self._changes = None, -1
+        self._damage, self._last, self._changes = None, None, -1
+        self._scan_()
+        if self._check != position["check"]:
+            raise FeatclError(
+                f"{self.folder / LINES}: not the ledger that the checkpoint counts on; restore the file, or start anew "
+                "with --overwrite"
+            )
+        self.head = position["head"]
 
     def close(self) -> None:
         """Nothing more will be written."""
@@ -192,14 +217,17 @@ class RunLedger:
         if self._map is None or self._map[0] != self.adapter.changes:
             self._map = (self.adapter.changes, FeatureMap.of(self.adapter))
             self._changes = -1
+        number, meaning = self._map
         if self._changes < 0:
-            self._changes = self._map[0]
-            path = self.folder / f"features-{self._changes}.safetensors"
-            data = self._map[1].to_bytes()
-            if not path.is_file() or path.read_bytes() != data:
-                self._map[1].save(path)
-            self._last = None
-        return self._map[1]
+            path = self.folder / f"features-{number}.safetensors"
+            if number not in self._meanings or not path.is_file():
+                meaning.save(path)
+            elif not alike(FeatureMap.load(path), meaning):
+                raise FeatclError(
+                    f"{self.folder}: this ledger is of other directions than the adapter's; give it a folder of its own"
+                )
+            self._changes, self._last = number, None
+        return meaning
 
     def _framed_(self, record: Mapping[str, Any], coordinates: Coordinates, last: Coordinates | None) -> None:
         if not self.frames:
@@ -207,14 +235,25 @@ class RunLedger:
             return
         frame = pack(coordinates, last)
         at = self._frames.seek(0, os.SEEK_END)
-        append_bytes(self._frames, frame)
-        self._write_({**record, "at": at, "bytes": len(frame), "digest": digest_bytes(frame)[:32]})
+        try:
+            append_bytes(self._frames, frame)
+            self._write_({**record, "at": at, "bytes": len(frame), "digest": digest_bytes(frame)[:32]})
+        except BaseException:
+            with suppress(OSError):
+                self._frames.truncate(at)
+            raise
+
+    def _require_whole(self) -> None:
+        if self._damage is not None:
+            raise self._damage
 
     def _write_(self, record: Mapping[str, Any]) -> None:
+        self._require_whole()
         value = {**record, "when": round(self.clock(), 3)}
         check = line_check(self._check, value)
         append_bytes(self._lines, encoded({**value, "check": check}) + b"\n")
         self._check = check
+        self._meanings |= {record["features"]} if record["kind"] == "start" else set()
 
     def _files(self) -> tuple[tuple[str, Any], ...]:
         return ((LINES, self._lines), (FRAMES, self._frames))
@@ -226,9 +265,9 @@ class RunLedger:
         found = read_lines(self.folder)
         if found.torn is not None:
             self._lines.truncate(found.size)
-        if found.records:
-            self._check = found.records[-1]["check"]
-            self.head = found.head
+        self._check = found.records[-1]["check"] if found.records else ""
+        self.head = found.head
+        self._meanings = {record["features"] for record in found.records if record["kind"] == "start"}
         end = max((record["at"] + record["bytes"] for record in found.records if "at" in record), default=0)
         if self._frames.seek(0, os.SEEK_END) < end:
             raise FeatclError(f"{self.folder / FRAMES}: shorter than {LINES} says; restore the file")
@@ -237,9 +276,23 @@ class RunLedger:
         self._lines.seek(0, os.SEEK_END)
 
 
-def _opened(path: Path) -> Any:
-    """For appending, unbuffered: what is written is the operating system's, which a killed process survives."""
-    return open(path, "ab", buffering=0)
+def alike(one: FeatureMap, other: FeatureMap) -> bool:
+    """Whether two maps mean the same directions; their numbers may differ in the last bits, from machine to machine."""
+    return len(one.sites) == len(other.sites) and all(
+        _form(a) == _form(b) and all(map(_close, (a.left, a.right), (b.left, b.right)))
+        for a, b in zip(one.sites, other.sites, strict=True)
+    )
+
+
+def _form(site: SiteMap) -> tuple[Any, ...]:
+    sets = [None if features is None else (features.layer, features.ids) for features in (site.rows, site.columns)]
+    return site.site, site.form, site.bound, site.free, *sets
+
+
+def _close(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-4)
 
 
 def line_check(before: str, value: Mapping[str, Any]) -> str:

@@ -7,16 +7,17 @@ that was loaded from its last save and records to the same file is where it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import wraps
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from featcl.adapters.several import only
 from featcl.errors import FeatclError
 from featcl.learning.conversations import Conversation, Conversations, Reply, plain_messages
 from featcl.learning.guard import Stopped
-from featcl.learning.journal import Journal
+from featcl.learning.journal import Journal, check_of
 from featcl.learning.judging import check_judgement, unusable
 from featcl.learning.randomness import derived_generator
 from featcl.learning.stats import UpdateStats
@@ -34,11 +35,11 @@ T = TypeVar("T")
 
 
 def acting_alone(method: Callable[Concatenate[Learner, P], T]) -> Callable[Concatenate[Learner, P], T]:
-    """A method of a learner inside which its own adapter acts, and no other on the model."""
+    """A method of a learner inside which its own adapter and memory act, and no other on the model."""
 
     @wraps(method)
     def inside(learner: Learner, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with only(learner.adapter):
+        with learner.alone():
             return method(learner, *args, **kwargs)
 
     return inside
@@ -92,6 +93,7 @@ class Live:
         self.conversations = Conversations(f"{learner.adapter.name}-chat" if named else "chat")
         self.journal: Journal | None = None
         self._position = 0  # records of the journal that this state holds
+        self._last: str | None = None  # check of the last of them
 
     # --- the three acts ---------------------------------------------------------------------------------------
 
@@ -105,7 +107,7 @@ class Live:
         if room < 1:
             raise FeatclError(f"the conversation has {len(prompt)} tokens, the model's context is full; shorten it")
         shown = None if on_text is None else Shown(chat, on_text)
-        with only(learner.adapter):
+        with learner.alone():
             rollout = generate(
                 learner.student.scorer.causal,
                 [prompt],
@@ -135,19 +137,26 @@ class Live:
 
     def learn(self) -> Learned:
         """See `Learner.learn`."""
-        if any(reason is None for _, reason in self._waiting()):
-            self._write({"event": "learn"})
         updates: list[UpdateStats] = []
         left: dict[str, str] = {}
-        self._learn_(updates, left)
+        any_use = any(reason is None for _, reason in self._waiting())
+        with self._written({"event": "learn"}) if any_use else nullcontext():
+            self._learn_(updates, left)
         return Learned(tuple(updates), left)
 
-    def _learn_(self, updates: list[UpdateStats], left: dict[str, str]) -> None:
-        """Learn from what waits; what was done is in `updates` and `left` also when an error ends it."""
+    def _learn_(self, updates: list[UpdateStats], left: dict[str, str], *, until: str | None = None) -> None:
+        """Learn from what waits; what was done is in `updates` and `left` also when an error ends it.
+
+        Args:
+            updates, left: Are added to.
+            until: The conversation at which it was interrupted.
+        """
         for conversation, reason in self._waiting():
             if reason is not None:
                 left[conversation.id] = reason
                 continue
+            if conversation.id == until:
+                return
             try:
                 updates.append(self.learner.observe(conversation.trajectory(self.user)))
             except Stopped as stop:  # the update itself was made
@@ -166,11 +175,13 @@ class Live:
 
     def undo(self) -> int:
         """See `Learner.undo`."""
-        if len(self.learner.versions) < 2:
-            raise FeatclError(f"there is nothing to undo: version {self.learner.version} is the oldest that is kept")
-        version = self.learner.versions[-2]
-        self._write({"event": "undo", "version": version})
-        self.learner.rollback(version)
+        version = self.learner.version - 1
+        if version not in self.learner.versions:
+            raise FeatclError(
+                f"there is nothing to undo: of version {version}, before the last update, nothing is kept"
+            )
+        with self._written({"event": "undo", "version": version}):
+            self.learner.rollback(version)
         return version
 
     # --- never lost -------------------------------------------------------------------------------------------
@@ -178,10 +189,10 @@ class Live:
     def record(self, path: str | Path) -> Redone:
         """See `Learner.record`."""
         journal = Journal(path, after=self._position)
-        if len(journal) < self._position:
+        if len(journal) < self._position or journal.known != self._last:
             journal.close()
             raise FeatclError(
-                f"{path} holds {len(journal)} records, the learner was saved after {self._position}: "
+                f"{path} holds {len(journal)} records, the learner was saved after {self._position} of its own: "
                 "it is not this learner's journal"
             )
         if self.journal is not None:
@@ -190,40 +201,63 @@ class Live:
         missed, journal.records = journal.records, []
         updates: list[UpdateStats] = []
         errors: list[str] = []
-        for record in missed:
-            self._position += 1
-            try:
-                self._repeat(record, updates)
-            except FeatclError as error:  # as it was raised then
-                errors.append(str(error))
+        try:
+            for record, after in zip_longest(missed, missed[1:]):
+                try:
+                    self._repeat(record, after or {}, updates)
+                except FeatclError as error:  # as it was raised then
+                    errors.append(str(error))
+                self._position, self._last = self._position + 1, check_of(record)
+        except BaseException:  # what was not done again is so the next time
+            journal.close()
+            raise
         self.journal = journal
         return Redone(len(missed), tuple(updates), tuple(errors))
 
-    def _repeat(self, record: Mapping[str, Any], updates: list[UpdateStats]) -> None:
+    def _repeat(self, record: Mapping[str, Any], after: Mapping[str, Any], updates: list[UpdateStats]) -> None:
+        """Do what a record says; where the one after it says that it was interrupted, what it did until then."""
         content = {key: value for key, value in record.items() if key != "event"}
+        interrupted = after.get("event") == "interrupted"
         if record["event"] == "reply":
             self.conversations.add_(Conversation.from_record(content))
         elif record["event"] == "feedback":
             judgement = {"reward": content["reward"], "correction": content["correction"], "feedback": content["text"]}
             self.conversations.judge_(content["id"], **judgement)
         elif record["event"] == "learn":
-            self._learn_(updates, {})
-        elif record["event"] == "undo":
+            self._learn_(updates, {}, until=after["id"] if interrupted else None)
+        elif record["event"] == "undo" and not interrupted:
             self.learner.rollback(content["version"])
 
     def _write(self, record: Mapping[str, Any]) -> None:
         if self.journal is not None:
-            self.journal.append_(record)
+            self._last = self.journal.append_(record)
             self._position += 1
+
+    @contextmanager
+    def _written(self, record: Mapping[str, Any]) -> Iterator[None]:
+        """An act whose record is on the disk first; one that Ctrl-C or a full disk ends is not done again later.
+
+        An error of the input is, since it is raised again by what raised it.
+        """
+        self._write(record)
+        try:
+            yield
+        except FeatclError:
+            raise
+        except BaseException:
+            waiting = (conversation.id for conversation, reason in self._waiting() if reason is None)
+            with suppress(OSError):
+                self._write({"event": "interrupted", "id": next(waiting, None)})
+            raise
 
     def state(self) -> dict[str, Any]:
         """As JSON data."""
-        return {**self.conversations.state(), "journal": self._position}
+        return {**self.conversations.state(), "journal": self._position, "last": self._last}
 
     def load_state_(self, state: Mapping[str, Any]) -> None:
         """Put `state` back."""
         self.conversations.load_state_(state)
-        self._position = state["journal"]
+        self._position, self._last = state["journal"], state["last"]
 
 
 class Shown:

@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from featcl.adapters.several import only
 from featcl.learning.conversations import Conversations, Reply
 from featcl.learning.live import Learned, Live, OnText, Redone
+from featcl.learning.remembering import Remembering, alone
 from featcl.streams.trajectory import Message
 
 
@@ -23,6 +23,7 @@ class Talking:
 
     adapter: Any
     _live: Live
+    _remembering: Remembering | None
 
     def chat(
         self,
@@ -117,5 +118,5 @@ class Talking:
         return self._live.conversations
 
     def alone(self) -> AbstractContextManager[None]:
-        """Inside the block the model is this learner's, where several adapters share it."""
-        return only(self.adapter)
+        """Inside the block the model is this learner's, where several adapters or memories share it."""
+        return alone(self.adapter, self._remembering)

@@ -15,7 +15,7 @@ from featcl.errors import FeatclError
 from featcl.files import write_bytes
 
 FILE = "learner.safetensors"
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,8 +158,8 @@ def save_snapshot(
         "held": versions.held if versions else (),
         "settings": settings,
     }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(Path(directory) / FILE, save(tensors, metadata={"learner": json.dumps(header, sort_keys=True)}))
+    data = save(_apart(tensors), metadata={"learner": json.dumps(header, sort_keys=True)})
+    write_bytes(Path(directory) / FILE, data)
 
 
 def load_snapshot(directory: str | Path) -> tuple[Snapshot, dict[str, Any]]:
@@ -202,6 +202,18 @@ def load_versions(directory: str | Path, *, keep: int) -> tuple[Versions, dict[s
 
 _PLAIN = ("version", "optimizer", "counters", "parts")
 _TENSORS = ("coordinates", "moments", "tensors")
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, each with memory of its own: what no version changed is one tensor in several of them."""
+    apart: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        place = plain.untyped_storage().data_ptr()
+        apart[name] = plain.clone() if place in seen else plain
+        seen.add(place)
+    return apart
 
 
 def _tensors(snapshot: Snapshot) -> dict[str, Tensor]:

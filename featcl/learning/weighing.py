@@ -11,6 +11,7 @@ own is compared with its last values: z spreads from their centre, on the bad si
 | surprise  | t of the student's NLL above the median of the last 16              | 2      |
 | agreement | t of the teacher's NLL above the median of the last 16              | 2      |
 | energy    | t of log(share of the gradient's energy in the span ÷ chance) below the median of the last 16 | 2 |
+| memory    | t of log(how badly the learner's memory knew the tokens) above the median of the last 16 | 2 |
 | prior     | the number given for the trajectory's source, else 1                |        |
 | custom    | what the user's function says                                       |        |
 
@@ -22,8 +23,9 @@ low reward is itself what is learned from: leave the signal `reward` out there.
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -31,6 +33,7 @@ import torch
 
 from featcl.errors import FeatclError
 from featcl.learning.full_gradient import energy_share, full_gradient, span_of
+from featcl.learning.remembering import memory_surprise
 from featcl.learning.running import Usual
 from featcl.learning.stats import UpdateStats
 from featcl.objectives.build import Term
@@ -38,12 +41,17 @@ from featcl.objectives.experience import Experience, Student, base_hidden
 from featcl.objectives.sft import nll_sum
 from featcl.streams.trajectory import Trajectory
 
-SIGNALS = ("reward", "surprise", "agreement", "energy", "prior", "custom")
-MEASURED = {"reward": "raw_reward", "surprise": "nll", "agreement": "teacher_nll", "energy": "log_energy_ratio"}
-MARGINS = {"reward": 0.0, "surprise": 2.0, "agreement": 2.0, "energy": 2.0}
-WINDOWS = {"reward": 50, "surprise": 16, "agreement": 16, "energy": 16}
-FLOORS = {"reward": 0.05, "surprise": 0.1, "agreement": 0.1, "energy": 0.1}  # of the spread: nats, or of the reward
+SIGNALS = ("reward", "surprise", "agreement", "energy", "memory", "prior", "custom")
+MEASURED = {
+    "reward": "raw_reward", "surprise": "nll", "agreement": "teacher_nll", "energy": "log_energy_ratio",
+    "memory": "log_memory_surprise",
+}  # fmt: skip
+MARGINS = {"reward": 0.0, "surprise": 2.0, "agreement": 2.0, "energy": 2.0, "memory": 2.0}
+WINDOWS = {"reward": 50, "surprise": 16, "agreement": 16, "energy": 16, "memory": 16}
+# of the spread: nats, or of the reward
+FLOORS = {"reward": 0.05, "surprise": 0.1, "agreement": 0.1, "energy": 0.1, "memory": 0.1}
 BAD_IS_LOW = ("reward", "energy")
+TALK = "chat"  # the source of conversations
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,7 @@ class SignalWeigher:
         priors: Source -> factor, for `prior`; a source that is not named has 1.
         custom: From a trajectory to a factor, for `custom`.
         judge: From a text of feedback to a reward, for trajectories that have no reward; without it, text says nothing.
+        memory: The learner's attached memory, for `memory`.
         quarantine_below: An experience whose weight is smaller is not learned from; 0 only where the weight is 0.
 
     Raises:
@@ -102,10 +111,11 @@ class SignalWeigher:
         priors: Mapping[str, float] | None = None,
         custom: Callable[[Trajectory], float] | None = None,
         judge: Callable[[str], float] | None = None,
+        memory: Any = None,
         quarantine_below: float = 0.0,
     ) -> None:
         self.signals, self.priors = tuple(signals), dict(priors or {})
-        self.custom, self.judge, self.quarantine_below = custom, judge, quarantine_below
+        self.custom, self.judge, self.memory, self.quarantine_below = custom, judge, memory, quarantine_below
         for signal in self.signals:
             if signal not in SIGNALS:
                 raise FeatclError(f"weighing: unknown signal {signal!r}; choose from {', '.join(SIGNALS)}")
@@ -113,6 +123,8 @@ class SignalWeigher:
             raise FeatclError(f"weighing: no signal given; choose from {', '.join(SIGNALS)}")
         if ("custom" in self.signals) != (custom is not None):
             raise FeatclError("weighing: the signal custom and a function `custom` belong together")
+        if "memory" in self.signals and memory is None:
+            raise FeatclError("weighing: the signal memory needs `memory`, what featcl.attach_memory returns")
         if self.priors and "prior" not in self.signals:
             raise FeatclError("weighing: priors are given, but the signal prior is not among the signals")
         for source, prior in self.priors.items():
@@ -157,6 +169,9 @@ class SignalWeigher:
             value = student_nll(experience, student)
         elif signal == "agreement":
             value = teacher_nll(experience, student)
+        elif signal == "memory":
+            surprise = memory_surprise(experience, self.memory)
+            value = math.log(surprise) if surprise > 0 else -math.inf
         else:
             ratio = energy_ratio(experience, student, terms)
             if ratio is None:
@@ -204,6 +219,34 @@ class SignalWeigher:
         for signal, usual in self._usual.items():
             if signal in state:
                 usual.load_state_(state[signal])
+
+
+def check_priors(priors: Mapping[str, float], sources: Collection[str], *, complete: bool = True) -> str | None:
+    """Whether every source that has a prior is one that trajectories come from.
+
+    Args:
+        priors: Source -> factor.
+        sources: Those of the stream; what is said in a chat has a source of its own, which is always known.
+        complete: False: there may be others.
+
+    Returns:
+        What to say where `sources` is not complete and one is not among them, else None.
+
+    Raises:
+        FeatclError: Naming the sources that there are.
+    """
+    strange = next((source for source in priors if source not in {*sources, TALK}), None)
+    if strange is None:
+        return None
+    near = difflib.get_close_matches(strange, [*sources], n=1)
+    meant = f"did you mean {near[0]!r}? " if near else ""
+    text = (
+        f"weighing.priors: no trajectory comes from {strange!r}, so its prior acts on nothing; {meant}"
+        f"the sources are {', '.join(sorted(sources)) or 'not known'}"
+    )
+    if complete and sources:
+        raise FeatclError(text)
+    return f"{text}, as far as is known"
 
 
 def as_weigher(weigher: Weigher | Callable[[Trajectory], float] | None) -> Weigher | None:

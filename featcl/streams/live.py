@@ -5,20 +5,21 @@ The log is JSONL, one `{"sha256": …, "trajectory": {…}}` a line; `read_traje
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from featcl.errors import FeatclError
+from featcl.files import append_bytes, open_append
 from featcl.streams.formats import Place, from_live, live_checksum
 from featcl.streams.records import Raw, parse, raw_records
 from featcl.streams.seen import Seen
 from featcl.streams.sources import Source, as_iterator
 from featcl.streams.trajectory import Trajectory
+
+LINE_BEGINS = b'{"sha256": "'
 
 
 class LiveSource:
@@ -34,12 +35,12 @@ class LiveSource:
     Args:
         source: Trajectories, or their JSON objects, from whatever `as_iterator` takes. What it yields a second time
             after a restart (the same id and content) is left out.
-        path: The log, a .jsonl file.
+        path: The log, a .jsonl file that is not zipped.
         learned: How many trajectories of the log were learned from already.
 
     Raises:
-        FeatclError: If the log is damaged before its last line, is being written by another process, or holds fewer
-            than `learned`.
+        FeatclError: If the file is no log or a damaged one, is being written by another process, or holds fewer than
+            `learned`.
     """
 
     def __init__(self, source: Source, path: str | Path, *, learned: int = 0) -> None:
@@ -90,14 +91,14 @@ class Log:
     """
 
     def __init__(self, path: Path) -> None:
+        if path.suffix == ".gz":
+            raise FeatclError(
+                f"{path}: a live log is appended to line by line, so it cannot be zipped; give a .jsonl file"
+            )
         self.path, self.count = path, 0
         self._ids, self._contents = Seen(), Seen()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            new = not path.exists()
-            self._file = open(path, "ab", buffering=0)  # noqa: SIM115
-            if new:
-                _sync_folder(path.parent)
+            self._file = open_append(path)
         except OSError as error:
             raise self._refused(error) from error
         try:
@@ -109,8 +110,8 @@ class Log:
 
     def read(self, start: int) -> Iterator[Trajectory]:
         """Trajectories from number `start` on, as many as the log held when the first was asked for."""
-        for raw, _ in zip(raw_records(self.path), range(self.count), strict=False):
-            if raw.number > start:
+        for place, raw in zip(range(self.count), raw_records(self.path), strict=False):
+            if place >= start:
                 yield from_live(parse(raw.data), Place(self.path, raw.number))
 
     def append(self, trajectory: Trajectory) -> Trajectory | None:
@@ -143,14 +144,9 @@ class Log:
         self._contents.close()
 
     def _write(self, data: bytes) -> None:
-        before, left = self._file.seek(0, os.SEEK_END), memoryview(data)
         try:
-            while left:
-                left = left[self._file.write(left) :]
-            os.fsync(self._file.fileno())
+            append_bytes(self._file, data, sync=True)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                self._file.truncate(before)
             raise self._refused(error) from error
 
     def _remember(self, id: str, checksum: str) -> None:
@@ -159,18 +155,25 @@ class Log:
         self.count += 1
 
     def _cut_back(self) -> None:
-        """Count the good lines; drop a last one that is torn."""
+        """Count the good lines; drop a last one that is torn. What is no beginning of a line of ours is left alone."""
         good = 0
-        bad: tuple[int, FeatclError] | None = None
+        bad: tuple[Raw, FeatclError] | None = None
         for raw in raw_records(self.path):
             if bad is not None:
-                raise FeatclError(f"{self.path}:{bad[0]}: {bad[1]}; the log is damaged before its end") from bad[1]
+                raise self._damaged(*bad, "the log is damaged before its end")
             try:
                 self._check(raw)
-                good += len(raw.data)
+                good = raw.end
             except FeatclError as error:
-                bad = (raw.number, error)
+                bad = (raw, error)
+        if bad is None:
+            return
+        if not _torn(bad[0]):
+            raise self._damaged(*bad, "that is no log of a live stream, or it was changed after it was written")
         self._file.truncate(good)
+
+    def _damaged(self, raw: Raw, error: FeatclError, what: str) -> FeatclError:
+        return FeatclError(f"{self.path}:{raw.number}: {error}; {what}")
 
     def _check(self, raw: Raw) -> None:
         record: Any = parse(raw.data)
@@ -195,10 +198,7 @@ def _lock(file: Any, path: Path) -> None:
         raise FeatclError(f"{path}: another process writes this live log; one at a time is right") from error
 
 
-def _sync_folder(folder: Path) -> None:
-    """The name of a new file is on disk too."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _torn(raw: Raw) -> bool:
+    """Whether a line is the beginning of one of ours, or what a power cut leaves of it: zeros."""
+    ours = raw.data.startswith(LINE_BEGINS[: len(raw.data)]) and not raw.complete
+    return ours or raw.data.startswith(b"\0")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from featcl.errors import FeatclError
+from featcl.files import append_bytes, open_append
 from featcl.streams.formats import CONVERTERS, Place, sniff
 from featcl.streams.records import Raw, parse, raw_records
 from featcl.streams.seen import Seen
@@ -108,15 +110,18 @@ class _Quarantine:
         if self._written is None:
             self._written = self._before()
         if self._written.add(text):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.file, "a", encoding="utf-8", newline="\n") as file:
-                file.write(text)
+            with open_append(self.file) as file:
+                append_bytes(file, text.encode())
 
     def _before(self) -> Seen:
-        """What earlier readings wrote."""
-        written = Seen()
-        if self.file.is_file():
-            with open(self.file, "rb") as lines:
-                for line in lines:
+        """What earlier readings wrote; a last line that was torn is taken off, so that the next one begins anew."""
+        written, whole = Seen(), 0
+        if not self.file.is_file():
+            return written
+        with open(self.file, "rb") as lines:
+            for line in lines:
+                if line.endswith(b"\n"):
                     written.add(line)
+                    whole += len(line)
+        os.truncate(self.file, whole)
         return written

@@ -30,11 +30,13 @@ class Raw:
         number: Line of a JSONL file, or place of the item in an array, from 1.
         data: Its bytes.
         complete: False for a last line without a line feed: it may be half of one.
+        end: Of a line, the byte of the (unzipped) file after it.
     """
 
     number: int
     data: bytes
     complete: bool = True
+    end: int = 0
 
 
 def raw_records(path: Path) -> Iterator[Raw]:
@@ -61,7 +63,7 @@ def raw_records(path: Path) -> Iterator[Raw]:
 
 
 def parse(data: bytes) -> Any:
-    """The JSON value of a record; NaN, infinities and lone surrogates are refused."""
+    """The JSON value of a record; NaN, infinities, lone surrogates and a key that occurs twice are refused."""
     try:
         record = _DECODER.decode(data.decode("utf-8"))
         if b"\\ud" in data.lower():
@@ -86,7 +88,16 @@ def _finite(text: str) -> float:
     return value
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; JSON leaves open which value counts where a key occurs twice, so that none does."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r:.60} occurs twice in one object")
+    return found
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_distinct)
 
 
 def _records(file: IO[bytes], path: Path) -> Iterator[Raw]:
@@ -95,7 +106,8 @@ def _records(file: IO[bytes], path: Path) -> Iterator[Raw]:
         yield from _array_items(file, head, path)
         return
     file.seek(0)
-    first = _line(file, path, 1).removeprefix(codecs.BOM_UTF8)
+    whole = _line(file, path, 1)
+    first = whole.removeprefix(codecs.BOM_UTF8)
     suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
     if suffixes[-1:] in ([".json"], [".traj"]) and not _is_json(first):
         data = first + file.read(LARGEST)
@@ -103,14 +115,15 @@ def _records(file: IO[bytes], path: Path) -> Iterator[Raw]:
             raise _too_large(path, 1)
         yield Raw(1, data)
     else:
-        yield from _lines(file, first, path)
+        yield from _lines(file, first, path, start=len(whole) - len(first))
 
 
-def _lines(file: IO[bytes], first: bytes, path: Path) -> Iterator[Raw]:
-    number, line = 1, first
+def _lines(file: IO[bytes], first: bytes, path: Path, *, start: int) -> Iterator[Raw]:
+    number, line, end = 1, first, start
     while line:
+        end += len(line)
         if line.strip():
-            yield Raw(number, line, complete=line.endswith(b"\n"))
+            yield Raw(number, line, complete=line.endswith(b"\n"), end=end)
         number += 1
         line = _line(file, path, number)
 
@@ -181,8 +194,8 @@ def _decoded(reader: codecs.IncrementalDecoder, data: bytes, path: Path, number:
 
 def _is_json(line: bytes) -> bool:
     try:
-        parse(line)
-    except FeatclError:
+        json.loads(line)
+    except (ValueError, RecursionError):
         return False
     return True
 

@@ -217,6 +217,8 @@ def open_chat(config: RunConfig, *, overwrite: bool = False, **settings: Any) ->
         FeatclError: Bad input, or the folder holds a chat with another config.
         KeyboardInterrupt: On Ctrl-C or SIGTERM, with the state saved.
     """
+    if config.memory is not None and config.memory.train is not None:
+        raise FeatclError("chat: memory.train is for featcl run; give memory.path, the folder `memory` of such a run")
     path = config.folder.with_name(f"chat-{config.seed}")
     run_folder = RunFolder(path, config.to_dict(), digest=config.digest, overwrite=overwrite)
     with stopping_cleanly(path), run_folder as folder, Interruptible() as interrupt:

@@ -90,10 +90,14 @@ def leave_one_out(
         say: Told about progress.
 
     Raises:
-        FeatclError: If there is a guard, or fewer than four experiences.
+        FeatclError: If there is a guard, updates are made from several experiences, or there are fewer than four.
     """
     if config.learner.guard is not None:
         raise FeatclError("leave_one_out: a guard rolls back, so runs with and without an experience do not compare")
+    if any(phase.accumulate > 1 for phase in config.phases or (config.learner,)):
+        raise FeatclError(
+            "leave_one_out: accumulate joins several experiences in one update, whose blame is not theirs"
+        )
     experiment = build(config)
     learner = experiment.learner
     learner.hold(0)

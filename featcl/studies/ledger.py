@@ -17,8 +17,12 @@ from featcl.learning.history import VERSIONS, History
 FOLDER = "ledger"
 
 
-def history_of(run_dir: str | Path) -> History:
+def history_of(run_dir: str | Path, *, size: int | None = None) -> History:
     """The ledger of a run.
+
+    Args:
+        run_dir: Its folder.
+        size: Of its lines, the bytes that a checkpoint counts on; None: all.
 
     Raises:
         FeatclError: If it is no run's folder, or has no ledger, or a damaged one.
@@ -27,7 +31,7 @@ def history_of(run_dir: str | Path) -> History:
     if not (run_dir / FOLDER).is_dir():
         what = "it holds no ledger" if (run_dir / "config.json").is_file() else "not a run's folder"
         raise FeatclError(f"{run_dir}: {what}; give results/<study>/<arm>/seed-<n> of a run that has learned something")
-    return History(run_dir / FOLDER)
+    return History(run_dir / FOLDER, size=size)
 
 
 def config_of(run_dir: str | Path) -> RunConfig:
@@ -56,7 +60,7 @@ def version_number(text: str, history: History) -> int:
     if text in named:
         return named[text]
     number = text.removeprefix("v")
-    if not number.isdigit():
+    if not number.isdecimal():
         raise FeatclError(f"version {text!r}: give v7, 7, base or head")
     return int(number)
 
@@ -142,13 +146,13 @@ def log_run(run_dir: str | Path, *, everything: bool = False) -> RunLog:
     history = history_of(run_dir)
     line = set(history.line.values())
     canaries = _canary_changes(history)
-    alarms = {record["version"]: str(record["value"]) for record in history.notes("alarm")}
+    alarms = {place: str(value) for place, value in history.notes("alarm")}
     entries = []
     for place, record in enumerate(history.records):
         on_line = place in line
         if record["kind"] in VERSIONS and (on_line or everything):
-            extra = {"canaries": canaries.get(record["version"]), "note": alarms.get(record["version"], "")}
-            entries.append(_entry(record, on_line=on_line, **(extra if on_line else {})))
+            extra = {"canaries": canaries.get(place), "note": alarms.get(place, "")}
+            entries.append(_entry(record, on_line=on_line, **extra))
         elif everything and record["kind"] == "rollback":
             entries.append(_entry(record, on_line=True, learned=f"back to v{record['version']} from v{record['from']}"))
         elif everything and record["kind"] == "note" and record["what"] != "canaries":
@@ -164,14 +168,14 @@ def _entry(record: Mapping[str, Any], *, on_line: bool, learned: str | None = No
                  top=tuple(record.get("top", ())), **found, **extra)  # fmt: skip
 
 
-def _canary_changes(history: History) -> dict[int, dict[str, float]]:
-    """Version at which canaries were read -> change of their losses since the reading before."""
-    changes: dict[int, dict[str, float]] = {}
+def _canary_changes(history: History) -> dict[int | None, dict[str, float]]:
+    """Place of the version at which canaries were read -> change of their losses since the reading before."""
+    changes: dict[int | None, dict[str, float]] = {}
     before: Mapping[str, Any] = {}
-    for note in history.notes("canaries"):
-        now = {name: value for name, value in note["value"].items() if name.startswith("canary/loss_")}
+    for place, value in history.notes("canaries"):
+        now = {name: loss for name, loss in value.items() if name.startswith("canary/loss_")}
         if shared := [name for name in now if name in before]:
-            changes[note["version"]] = {name.removeprefix("canary/loss_"): now[name] - before[name] for name in shared}
+            changes[place] = {name.removeprefix("canary/loss_"): now[name] - before[name] for name in shared}
         before = now
     return changes
 

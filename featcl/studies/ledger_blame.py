@@ -81,7 +81,7 @@ def blame_run(
 
 def _feature(text: str) -> tuple[int | None, int]:
     layer, slash, number = text.rpartition("/")
-    if not number.isdigit() or (slash and not layer.isdigit()):
+    if not number.isdecimal() or (slash and not layer.isdecimal()):
         raise FeatclError(f"feature {text!r}: give its number, such as 1203, or layer and number, such as 3/1203")
     return (int(layer) if slash else None), int(number)
 

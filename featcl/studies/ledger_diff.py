@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from featcl.adapters.feature_map import FeatureKey
-from featcl.errors import FeatclError
 from featcl.learning.blame import label_of
 from featcl.learning.revert import distance
 from featcl.studies.ledger import aligned, digits, history_of, version_number
@@ -87,9 +86,8 @@ def diff_runs(run_dir: str | Path, old: str, new: str, *, top: int = 20) -> RunD
     history = history_of(run_dir)
     first, second = (version_number(text, history) for text in (old, new))
     was, now = (history.coordinates(version) for version in (first, second))
+    history.require_one_era(*sorted((first, second)))
     meaning = history.features(second)
-    if history.changes(first) != history.changes(second):
-        raise FeatclError(f"v{first} and v{second} have other directions: their features cannot be compared")
     before, after = meaning.vectors(was), meaning.vectors(now)
     names = meaning.names
 

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from featcl.build import Experiment, acting_rounds, build
 from featcl.errors import FeatclError
+from featcl.learning.blame import label_of
 from featcl.learning.deltas import same
+from featcl.learning.guard import Stopped
 from featcl.learning.history import History
 from featcl.learning.versions import Snapshot
-from featcl.plan import Evaluate, Update, plan
+from featcl.plan import Evaluate, Memorize, Update, plan
+from featcl.session import MEMORY
 from featcl.streams import Trajectory
 from featcl.studies.ledger import config_of
+from featcl.tracking.folder import RunFolder
 
 BY_HAND = "by hand"  # the note in a ledger that a command has changed the head
 
 
 def rebuilt(run_dir: str | Path) -> Experiment:
-    """A run's objects at their start, from its config.
+    """A run's objects at their start, from its config; a memory has the slow weights that the run trained.
 
     Raises:
         FeatclError: If model, stream or features are not those that the run had.
     """
-    experiment = build(config_of(run_dir))
+    config = config_of(run_dir)
+    experiment = build(config)
+    if experiment.memorizing is not None:
+        state = RunFolder(Path(run_dir), config.to_dict(), digest=config.digest).state
+        if state is not None:
+            experiment.memorizing.restore_(state / MEMORY)
     try:
         before = json.loads((Path(run_dir) / "env.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -43,6 +53,7 @@ def replay(
     *,
     without: Collection[str] = (),
     updates: int | None = None,
+    steps: int | None = None,
     episodes: Path | None = None,
     each: Callable[[Any], None] | None = None,
 ) -> None:
@@ -52,15 +63,18 @@ def replay(
         experiment: At its start.
         without: Ids of trajectories that are left out.
         updates: Stop after so many accepted updates; None learns from all.
+        steps: Stop after so many steps of the plan, as an interrupted run has.
         episodes: Where the run kept its episodes, for a stream that the model acts in.
         each: Called with the measurements of each update.
     """
     learner, phase, done = experiment.learner, 0, 0
     learner.reconfigure(**experiment.phases[0])
     rounds = acting_rounds(experiment.config, learner, episodes) if episodes is not None else None
-    for step in plan(experiment):
+    for step in islice(plan(experiment), steps):
         if done == updates:
             return
+        if isinstance(step, Memorize) and experiment.memorizing is not None and not experiment.memorizing.finished:
+            experiment.memorizing.step_()
         if isinstance(step, Evaluate) and learner.pending:
             learner.flush()
             done += 1
@@ -77,7 +91,12 @@ def replay(
         if trajectory.id in without:
             continue
         before = learner.version
-        stats = learner.observe(trajectory)
+        try:
+            stats = learner.observe(trajectory)
+        except Stopped as stopped:  # the run was started again after it, and went on
+            if stopped.stats is None:
+                raise
+            stats = stopped.stats
         done += stats.version > before
         if each is not None:
             each(stats)
@@ -101,6 +120,11 @@ def require_stream(experiment: Experiment, history: History) -> None:
             )
 
 
+def _by_hand(record: Mapping[str, Any]) -> bool:
+    """Whether a record is of a change that no learning of the stream makes again."""
+    return record["kind"] == "revert" or (record["kind"] == "note" and record["what"] == BY_HAND)
+
+
 def snapshot_of(experiment: Experiment, history: History, version: int, *, episodes: Path) -> Snapshot:
     """A version of a run with its optimizer, made again from the start and compared with the ledger, bit for bit.
 
@@ -117,11 +141,14 @@ def snapshot_of(experiment: Experiment, history: History, version: int, *, episo
     place = history.line.get(version, -1)
     if version != history.first:
         history.record(version)
-    hand = [at for at, r in enumerate(history.records[: place + 1]) if r["kind"] == "note" and r["what"] == BY_HAND]
+    hand = [at for at, record in enumerate(history.records[: place + 1]) if _by_hand(record)]
     if hand:
+        last = history.records[hand[-1]]
+        what = label_of(last) if last["kind"] == "revert" else last["value"]
+        made = max((v for v, at in history.line.items() if at < hand[0]), default=history.first)
         raise FeatclError(
-            f"v{version} came after {history.records[hand[-1]]['value']!r}, so it cannot be made again from the "
-            f"stream; versions up to v{history.records[hand[0]]['version']} can"
+            f"v{version} came after {what!r} (or is it), so it cannot be made again from the stream; versions up to "
+            f"v{made} can"
         )
     updates = sum(record["kind"] == "update" for record in history.records[: place + 1])
     replay(experiment, updates=updates, episodes=episodes)

@@ -1,9 +1,14 @@
-"""The folder of one run: whose results it holds, its lock, and checkpoints that are whole or absent."""
+"""The folder of one run: whose results it holds, its lock, and checkpoints that are whole or absent.
+
+state/current.json          names the checkpoint that counts
+state/00000012/             what the run wrote, and `check.json`: the digest of every file, written last
+"""
 
 from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -12,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from featcl.errors import FeatclError
-from featcl.files import read_state, require_folder, write_json
+from featcl.files import digest_file, read_state, require_folder, sync_folder, write_json
 from featcl.tracking.environment import differences
+from featcl.tracking.progress import say
 
+QUARANTINE = "quarantine.jsonl"
 # What a run writes; `--overwrite` removes these and nothing else.
-FILES = ("config.json", "env.json", "metrics.jsonl", "R.json", "summary.json", "report.html", "quarantine.jsonl")
-FOLDERS = ("adapter", "directions", "episodes", "ledger", "plots", "state", "tables", "wandb")
-CURRENT = "state/current.json"  # names the checkpoint that counts
+FILES = ("config.json", "env.json", "metrics.jsonl", "R.json", "summary.json", "report.html", QUARANTINE)
+FOLDERS = ("adapter", "directions", "episodes", "ledger", "memory", "plots", "state", "tables", "wandb")
+CURRENT, CHECK, FIRST = "state/current.json", "check.json", "00000000"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}  # what a disk says that takes no more
 
 
@@ -60,26 +67,21 @@ class RunFolder:
         self.overwrite = overwrite
         self._check()
         self._lock: Any = None
+        self._aside = path / f".{QUARANTINE}.replaced"  # a name that is taken away if we are killed
 
     def __enter__(self) -> RunFolder:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / ".lock", "w")
-        try:
-            import fcntl
-
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # not a POSIX system: no lock
-            pass
-        except OSError:
-            self._lock.close()
-            raise FeatclError(
-                f"{self.path}: another process is running this; wait for it, or use another seed"
-            ) from None
+        self._lock = None
+        while self._lock is None:
+            self._lock = _locked(self.path)
         for torn in _torn_files(self.path):
             torn.unlink()
+        if self.overwrite and (self.path / QUARANTINE).is_file():
+            os.replace(self.path / QUARANTINE, self._aside)  # the stream is read, and quarantined anew, before `start`
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._aside.is_file():  # it was not started: all stays as it was
+            os.replace(self._aside, self.path / QUARANTINE)
         (self.path / ".lock").unlink(missing_ok=True)
         self._lock.close()
         with suppress(OSError):  # a run that never started leaves nothing behind
@@ -93,11 +95,44 @@ class RunFolder:
 
     @property
     def state(self) -> Path | None:
-        """The last checkpoint, or None where the run starts from nothing."""
+        """The last checkpoint, or None where the run starts from nothing.
+
+        Raises:
+            FeatclError: If it is not as it was saved, or there is none where there was one.
+        """
         current = self.path / CURRENT
-        if self.overwrite or not current.is_file():
+        if self.overwrite:
             return None
-        return current.parent / str(read_state(current, "folder")["folder"])
+        if not current.is_file():
+            return self._recovered()
+        found = current.parent / str(read_state(current, "folder")["folder"])
+        damaged = _damaged(found)
+        if damaged is not None:
+            raise FeatclError(
+                f"{damaged}: damaged (not as it was saved); restore the file, or start anew with --overwrite"
+            )
+        return found
+
+    def _recovered(self) -> Path | None:
+        """The newest whole checkpoint where none is named; None where the first one was never finished.
+
+        Raises:
+            FeatclError: If there must have been one.
+        """
+        state = self.path / CURRENT.split("/")[0]
+        if not (self.path / "config.json").is_file() or not state.is_dir():  # it was being cleared, or never saved
+            return None
+        kept = _checkpoints(state)
+        whole = next((found for found in kept if _damaged(found) is None), None)
+        if whole is not None:
+            say(f"{self.path / CURRENT} is missing; the newest whole checkpoint is {whole.name}")
+            return whole
+        if [found.name for found in kept] == [FIRST] and not (kept[0] / CHECK).exists():
+            return None
+        raise FeatclError(
+            f"{self.path / CURRENT} is missing, and no whole checkpoint lies beside it; restore the folder, or start "
+            "anew with --overwrite"
+        )
 
     def start(self, environment: Mapping[str, Any]) -> None:
         """Take over the folder for a run that starts: clear it, and record config and environment.
@@ -105,7 +140,8 @@ class RunFolder:
         The checkpoint goes first: whatever kills the process on the way, it is never continued with another config.
         """
         (self.path / CURRENT).unlink(missing_ok=True)
-        for name in FILES if self.overwrite else [name for name in FILES if name != "quarantine.jsonl"]:
+        self._aside.unlink(missing_ok=True)
+        for name in (name for name in FILES if name != QUARANTINE):
             (self.path / name).unlink(missing_ok=True)
         for name in FOLDERS:
             shutil.rmtree(self.path / name, ignore_errors=True)
@@ -146,13 +182,14 @@ class RunFolder:
 
     def save_state(self, write: Callable[[Path], None]) -> None:
         """Keep what `write` puts into the folder it is given; until that is whole, the checkpoint before it stays."""
-        state = self.path / "state"
-        last = self.state
-        target = state / f"{int(last.name) + 1 if last else 0:08d}"
-        shutil.rmtree(target, ignore_errors=True)
+        state = self.path / CURRENT.split("/")[0]
+        last = max((int(found.name) for found in _checkpoints(state)), default=-1)
+        target = state / f"{last + 1:08d}"
         target.mkdir(parents=True)
         write(target)
-        write_json(state / "current.json", {"folder": target.name})
+        write_json(target / CHECK, _digests(target))
+        write_json(self.path / CURRENT, {"folder": target.name})
+        sync_folder(state)  # before the one it replaces goes
         for old in state.iterdir():
             if old.is_dir() and old != target:
                 shutil.rmtree(old, ignore_errors=True)
@@ -180,6 +217,54 @@ class RunFolder:
                 f"{self.path} holds the results of another config ({_differences(there, self.config)}); "
                 "use --overwrite to replace them, or give this run another arm=NAME"
             )
+
+
+def _locked(path: Path) -> Any:
+    """The lock of a folder, which is made; None where who had it took its file away meanwhile: there may be a new one.
+
+    Raises:
+        FeatclError: If another process has it.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = open(path / ".lock", "w")  # noqa: SIM115 (as long as the run)
+    except FileNotFoundError:
+        return None
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock.fileno()).st_nlink:
+            return lock
+    except ImportError:  # not a POSIX system: no lock
+        return lock
+    except OSError:
+        lock.close()
+        raise FeatclError(f"{path}: another process is running this; wait for it, or use another seed") from None
+    lock.close()
+    return None
+
+
+def _checkpoints(state: Path) -> list[Path]:
+    """Checkpoints, whole or not, newest first."""
+    found = state.iterdir() if state.is_dir() else ()
+    return sorted((path for path in found if path.is_dir() and path.name.isdecimal()), key=lambda p: -int(p.name))
+
+
+def _digests(checkpoint: Path) -> dict[str, str]:
+    """The digest of every file of a checkpoint but `check.json`, by its path in it."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path != checkpoint / CHECK)
+    return {path.relative_to(checkpoint).as_posix(): digest_file(path) for path in files}
+
+
+def _damaged(checkpoint: Path) -> Path | None:
+    """A file of a checkpoint that is missing or not as it was saved, or None where it is whole."""
+    try:
+        saved = read_state(checkpoint / CHECK)
+    except FeatclError:
+        return checkpoint / CHECK
+    found = _digests(checkpoint)
+    return next((checkpoint / name for name in saved if found.get(name) != saved[name]), None)
 
 
 def _torn_files(path: Path) -> list[Path]:

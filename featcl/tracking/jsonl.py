@@ -104,15 +104,22 @@ def read_metrics(path: str | Path) -> MetricsFile:
     path = Path(path)
     if not path.is_file():
         raise FeatclError(f"{path}: no such metrics file")
-    *lines, rest = path.read_bytes().split(b"\n")
-    records = [_parsed(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    lines, torn = _lines(path)
+    return MetricsFile(tuple(_parsed(path, number, line) for number, line in lines), torn)
+
+
+def _lines(path: Path) -> tuple[list[tuple[int, bytes]], str | None]:
+    """Lines with their numbers, empty ones and one that is cut off left out; and what was wrong with that one."""
+    *whole, rest = path.read_bytes().split(b"\n")
+    lines = [(number, line) for number, line in enumerate(whole, 1) if line.strip()]
     if not rest:
-        return MetricsFile(tuple(records), None)
+        return lines, None
+    last = len(whole) + 1
     try:
-        return MetricsFile((*records, _parsed(path, len(lines) + 1, rest)), None)
+        _parsed(path, last, rest)
     except FeatclError:
-        torn = f"{path.name}: line {len(lines) + 1} is cut off after {len(rest)} bytes; read up to it"
-        return MetricsFile(tuple(records), torn)
+        return lines, f"{path.name}: line {last} is cut off after {len(rest)} bytes; read up to it"
+    return [*lines, (last, rest)], None
 
 
 def cut_back(path: str | Path, *, update: int | None = None, lines: int | None = None) -> CutBack:
@@ -129,16 +136,16 @@ def cut_back(path: str | Path, *, update: int | None = None, lines: int | None =
     """
     if (update is None) == (lines is None):
         raise FeatclError("cut_back needs either the update number or the number of lines to keep")
-    found = read_metrics(path) if Path(path).exists() else MetricsFile((), None)
-    if lines is not None and len(found.records) < lines:
-        raise FeatclError(f"{path}: {len(found.records)} records, but the checkpoint was saved after {lines}")
-    if lines is not None:
-        kept = found.records[:lines]
-    else:
-        kept = tuple(record for record in found.records if record.get("update", 0) <= update)
-    if len(kept) < len(found.records) or found.torn:
+    path = Path(path)
+    found, torn = _lines(path) if path.exists() else ([], None)
+    if lines is not None and len(found) < lines:
+        raise FeatclError(f"{path}: {len(found)} records, but the checkpoint was saved after {lines}")
+    kept = tuple(_parsed(path, number, line) for number, line in found[:lines])  # what a power cut left after is gone
+    if update is not None:
+        kept = tuple(record for record in kept if record.get("update", 0) <= update)
+    if len(kept) < len(found) or torn:
         write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
-    return CutBack(kept, len(found.records) - len(kept), found.torn)
+    return CutBack(kept, len(found) - len(kept), torn)
 
 
 def _repaired(path: Path) -> tuple[dict[str, Any], ...]:

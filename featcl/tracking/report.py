@@ -18,6 +18,8 @@ from featcl.tracking.base import flatten
 from featcl.tracking.jsonl import MetricsFile, read_metrics
 from featcl.tracking.names import FORMULAS
 
+CHANGED = "changed_by_hand"  # in summary.json: what was done to the run after its numbers were measured
+
 _HEADLINES = (
     ("acc", "final accuracy, mean over tasks"),
     ("learning_accuracy", "accuracy just after learning"),
@@ -122,6 +124,10 @@ def _warnings(metrics: MetricsFile, summary: dict[str, Any]) -> list[str]:
     texts = [metrics.torn] if metrics.torn else []
     if not summary:
         texts.append("summary.json is missing: this run has not finished; what follows is what it has measured so far.")
+    for what in summary.get(CHANGED, ()):
+        texts.append(
+            f"Changed by hand after these numbers were measured: {what}; adapter/ and state/ are of that head."
+        )
     return [f'<p class="warn">{page.escape(text)}</p>' for text in texts]
 
 

@@ -8,8 +8,9 @@ The same stream (order, sources, seed) is learned from in several arms:
     alarm       the same garbage, with the guard alone
     clean guarded   the true trajectories with the guard and with weighing: what they cost where nothing is wrong
 
-The setting reads three tasks (two steps for each trajectory) with `recover` against forgetting. Weighing asks the
-laboratory's teacher, which knows the tasks; the guard's tolerance is ten points, above what the clean stream costs.
+The setting reads three tasks (three steps for each trajectory) with `recover` against forgetting. Weighing asks the
+laboratory's teacher, which knows the tasks. The guard's tolerance is above what the clean stream itself costs the
+general suite (8 to 12 points): a guard that forbids what learning costs rolls true experiences back, too.
 
 At the end each arm answers the same items: of the tasks that were taught, in phrasings that were not, and of the
 general suite, none of them in the guard's pool. One line per arm and seed is appended to FILE, and what it holds
@@ -47,10 +48,10 @@ from featcl.streams import Trajectory  # noqa: E402
 from featcl.tracking.environment import environment, git_commit  # noqa: E402
 
 ARMS = ("clean", "unguarded", "alarm", "guarded", "clean guarded")
-GUARD: dict[str, Any] = {"alpha": 0.05, "every": 10, "items": 64, "action": "rollback", "tolerance": 0.1}
+GUARD: dict[str, Any] = {"alpha": 0.05, "every": 10, "items": 64, "action": "rollback", "tolerance": 0.2}
 WEIGHING: dict[str, Any] = {"signals": ["agreement"], "quarantine_below": 0.5}
 SETTING = (
-    "learner.lr=1e-3", "learner.steps=2", "learner.objectives=[{name: sft}, {name: recover}]",
+    "learner.lr=1.5e-3", "learner.steps=3", "learner.objectives=[{name: sft}, {name: recover}]",
     "teacher=lab/olmo2/teacher",
 )  # fmt: skip
 ITEM_SEED = 4_000_037  # of the general items at the end; R and the guard's pool have others

@@ -163,6 +163,21 @@ def test_a_selector_without_its_texts_names_those_that_work(planted):
             select_features(*planted, selector=selector, k=2)
 
 
+def test_a_stream_with_nothing_to_spare_is_not_called_absent(planted):
+    """As of a source of one or two trajectories, whose calibration split is empty."""
+    for selector, more in (("rarity", {"background": ["b"]}), ("attribution", {}), ("gradient_energy", {})):
+        with pytest.raises(
+            FeatclError, match=r"lacks its .*stream \(a source of fewer than three trajectories"
+        ) as caught:
+            select_features(*planted, selector=selector, k=2, stream=[], **more)
+        assert "with what is given these work: none" in str(caught.value)
+        with pytest.raises(FeatclError, match="lacks its") as caught:
+            select_features(*planted, selector=selector, k=2, **more)
+        assert "fewer than three" not in str(caught.value), "the control: no stream is given at all"
+    with pytest.raises(FeatclError, match="lacks its positive and negative; with"):
+        select_features(*planted, selector="contrast", k=2, stream=[])
+
+
 def test_bad_input(planted):
     texts = {"positive": sentences("z"), "negative": sentences("a")}
     for k in (None, 0, 33):

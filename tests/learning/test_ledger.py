@@ -12,14 +12,18 @@ from typing import Any
 import pytest
 import torch
 
+from featcl.adapters import constrain
 from featcl.adapters.feature_map import FeatureKey, FeatureMap
 from featcl.errors import FeatclError
+from featcl.features import Directions
+from featcl.learning import Learner
 from featcl.learning.blame import blame_feature, blame_measure, feature_keys
 from featcl.learning.deltas import layout_of, pack, same, unpack
 from featcl.learning.history import History
 from featcl.learning.ledger import EVERY, FRAMES, LINES, RunLedger
-from featcl.learning.revert import distance, distances
+from featcl.learning.revert import Reverts, distance, distances
 from featcl.streams import Trajectory
+from featcl.studies.ledger import log_run
 
 Make = Callable[..., Any]
 KINDS = ("write", "read", "both", "residual", "shift", "scale", "none")
@@ -218,8 +222,9 @@ def test_changes_are_found(rig: Make, talk: Trajectory, tmp_path: Path) -> None:
         list(History(tmp_path).moves())
 
 
+@pytest.mark.parametrize("full", ["_frames", "_lines"])
 def test_a_full_disk_leaves_the_ledger_whole(
-    rig: Make, talk: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rig: Make, talk: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
 ) -> None:
     learner, _ = learned(rig, talk, tmp_path)
     before = {path.name: path.read_bytes() for path in (tmp_path / LINES, tmp_path / FRAMES)}
@@ -239,10 +244,79 @@ def test_a_full_disk_leaves_the_ledger_whole(
             self.left = 0
             return self.file.write(data[:10])
 
-    monkeypatch.setattr(learner.ledger, "_frames", Full(learner.ledger._frames))
-    with pytest.raises(OSError, match="No space left"):
-        learner.observe(_other(talk, 8))
+    with monkeypatch.context() as patch:
+        patch.setattr(learner.ledger, full, Full(getattr(learner.ledger, full)))
+        with pytest.raises(OSError, match="No space left"):
+            learner.observe(_other(talk, 8))
     assert {path.name: path.read_bytes() for path in (tmp_path / LINES, tmp_path / FRAMES)} == before
+    learner.observe(_other(talk, 8))
+    assert same(History(tmp_path).coordinates(6), learner.adapter.coordinates())
+
+
+@pytest.mark.parametrize("lost", ["frames", "lines"])
+def test_what_a_power_cut_damages_after_a_checkpoint_is_cut_off(
+    rig: Make, talk: Trajectory, tmp_path: Path, lost: str
+) -> None:
+    """Only what a checkpoint counts on was forced onto the disk; of the rest, any part may be missing."""
+    learner, _ = learned(rig, talk, tmp_path)
+    assert isinstance(learner.ledger, RunLedger)
+    position = learner.ledger.position()
+    learner.save(tmp_path / "state")
+    for number in range(5, 7):
+        learner.observe(_other(talk, number))
+    learner.ledger.close()
+    path = tmp_path / (FRAMES if lost == "frames" else LINES)
+    size, whole = position[path.name], path.read_bytes()
+    path.write_bytes(whole[:size] if lost == "frames" else whole[:size] + b"\0\0\0\n" + whole[size + 4 :])
+    made = rig()
+    with pytest.raises(FeatclError, match=r"shorter than|was changed"):
+        RunLedger(tmp_path, made.adapter).note("x", 1)
+    ledger = RunLedger(tmp_path, made.adapter, clock=lambda: 1e9)
+    ledger.cut_back_(position)
+    again = made.learner(ledger=ledger)
+    again.restore_(tmp_path / "state")
+    for number in range(5, 7):
+        again.observe(_other(talk, number))
+    ledger.close()
+    history = History(tmp_path)
+    assert same(history.coordinates(7), learner.adapter.coordinates())
+    assert [record["version"] for record in history.versions] == list(range(1, 8))
+    lines = tmp_path / LINES
+    lines.write_text(lines.read_text().replace("talk-2", "talk-3"))
+    with pytest.raises(FeatclError, match="was changed"):
+        RunLedger(tmp_path, made.adapter).cut_back_(position)
+
+
+def test_a_checkpoint_of_another_ledger_is_refused(rig: Make, talk: Trajectory, tmp_path: Path) -> None:
+    learner, _ = learned(rig, talk, tmp_path / "one", 3)
+    assert isinstance(learner.ledger, RunLedger)
+    position = learner.ledger.position()
+    learner, _ = learned(rig, replace(talk, source="work"), tmp_path / "two", 3)
+    assert isinstance(learner.ledger, RunLedger)
+    with pytest.raises(FeatclError, match="not the ledger that the checkpoint counts on"):
+        learner.ledger.cut_back_({**position, LINES: (tmp_path / "two" / LINES).stat().st_size})
+
+
+def test_a_ledger_is_of_one_choice_of_directions(rig: Make, talk: Trajectory, tmp_path: Path) -> None:
+    """Continued with other directions under the same number, what was written would mean something else."""
+    learned(rig, talk, tmp_path, 2)
+    map_of = tmp_path / "features-0.safetensors"
+    before = map_of.read_bytes()
+    made = rig()
+    made.adapter.remove()
+    vectors = torch.randn(4, 32, generator=torch.Generator().manual_seed(5))
+    made.adapter = constrain(made.model, Directions.from_vectors(vectors, layer=1), kind="both")
+    learner = made.learner(ledger=RunLedger(tmp_path, made.adapter))
+    with pytest.raises(FeatclError, match="this ledger is of other directions"):
+        learner.observe(talk)
+    assert learner.version == 0
+    assert map_of.read_bytes() == before
+    same_again = rig()
+    same_again.learner(ledger=RunLedger(tmp_path, same_again.adapter)).observe(talk)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / map_of.name).write_bytes(before)  # of a part that was cut off: no frame refers to it
+    made.learner(ledger=RunLedger(tmp_path / "new", made.adapter)).observe(talk)
+    assert (tmp_path / "new" / map_of.name).read_bytes() != before
 
 
 # --- blame
@@ -286,6 +360,81 @@ def test_shares_of_a_number_sum_to_its_change(rig: Make, talk: Trajectory, tmp_p
     assert len(blame.shares) == 5
 
 
+def test_what_was_noted_of_a_version_is_not_said_of_the_next_with_its_number(
+    rig: Make, talk: Trajectory, tmp_path: Path
+) -> None:
+    learner, _ = learned(rig, talk, tmp_path / "ledger", 1)
+    assert isinstance(learner.ledger, RunLedger)
+    learner.ledger.note("canaries", {"canary/loss_home": 2.0})
+    for number in (1, 2):
+        learner.observe(_other(talk, number))
+    learner.ledger.note("canaries", {"canary/loss_home": 3.0})
+    learner.ledger.note("alarm", "forgetting")
+    learner.rollback(2)
+    learner.observe(_other(talk, 3))
+    found = {entry.learned: entry for entry in log_run(tmp_path, everything=True).entries}
+    assert (found["talk-3"].version, found["talk-3"].canaries, found["talk-3"].note) == (3, None, "")
+    assert (found["talk-2"].version, found["talk-2"].canaries, found["talk-2"].note) == (3, {"home": 1.0}, "forgetting")
+    assert not found["talk-2"].on_line
+
+
+@pytest.mark.parametrize("how", ["consolidate", "change_directions"])
+@pytest.mark.parametrize("kind", ["both", "residual"])
+def test_features_are_not_compared_across_a_change(
+    rig: Make, talk: Trajectory, tmp_path: Path, kind: str, how: str
+) -> None:
+    """What was learned before it is frozen, or means other directions: v4 has no update of its own."""
+    learner, versions = learned(rig, talk, tmp_path, 3, kind=kind)
+    history = History(tmp_path)
+    history.require_one_era(0, 3)
+    total = blame_feature(history, 0).total
+    vectors = torch.randn(4, 32, generator=torch.Generator().manual_seed(9))
+    learner.consolidate() if how == "consolidate" else learner.change_directions(
+        Directions.from_vectors(vectors, layer=1)
+    )
+    start = learner.adapter.coordinates()
+    for number in range(3, 5):
+        learner.observe(_other(talk, number))
+    history = History(tmp_path)
+    line = "between v{} and {}, at v4, directions were changed, or what was learned was frozen"
+    for pair, later in (((0, 6), "v6"), ((3, 5), "v5"), ((0, None), "the head")):
+        with pytest.raises(FeatclError, match=line.format(pair[0], later)):
+            history.require_one_era(*pair)
+    with pytest.raises(FeatclError, match=line.format(0, "the head")):
+        blame_feature(history, 0)
+    with pytest.raises(FeatclError, match=line.format(0, "the head")):
+        blame_measure(history, lambda _: 0.0, of="x", unit="y")
+    with pytest.raises(FeatclError, match="v2 was made before directions were changed"):
+        learner.revert(2)
+    history.require_one_era(4, 6)
+    history.require_one_era(0, 3)
+    assert same(history.coordinates(4), start), "where it begins anew can be read, and compared with"
+    assert same(history.coordinates(3), versions[3])
+    learner.revert(6)
+    learner.rollback(4)
+    learner.observe(_other(talk, 7))
+    History(tmp_path).require_one_era(4)
+    assert total > 0
+
+
+def test_what_is_noted_before_the_first_update_is_in_nobodys_way(rig: Make, talk: Trajectory, tmp_path: Path) -> None:
+    made = rig()
+    ledger = RunLedger(tmp_path, made.adapter)
+    learner = made.learner(ledger=ledger)
+    ledger.note("canaries", {"canary/loss_home": 2.0})
+    with pytest.raises(FeatclError, match="nothing was learned yet"):
+        History(tmp_path).coordinates(0)
+    learner.observe(talk)
+    ledger.note("canaries", {"canary/loss_home": 1.0})
+    history = History(tmp_path)
+    history.require_one_era(0, 1)
+    assert history.features(0).layers == (1,)
+    assert history.notes("canaries") == [
+        (None, {"canary/loss_home": 2.0}),
+        (history.line[1], {"canary/loss_home": 1.0}),
+    ]
+
+
 # --- revert
 
 
@@ -305,6 +454,54 @@ def test_revert_subtracts_exactly(rig: Make, talk: Trajectory, tmp_path: Path, k
     assert same(history.coordinates(13), now)
     learner.rollback(12)
     assert same(learner.adapter.coordinates(), versions[12]), "a revert is a version, which can be rolled back"
+
+
+def test_an_update_is_subtracted_once(rig: Make, talk: Trajectory, tmp_path: Path) -> None:
+    """Unless the revert itself is taken back; kept in memory or only in the ledger, before and after a restart."""
+    learner, versions = learned(rig, talk, tmp_path / "ledger", updates=10)
+    assert learner.revert(9).version == 11
+    assert learner.revert(2).version == 12
+    once = learner.adapter.coordinates()
+    position = learner.ledger.position()
+    learner.save(tmp_path)
+
+    def refused(learner: Any) -> None:
+        size = (tmp_path / "ledger" / LINES).stat().st_size
+        for version, by in ((9, 11), (2, 12)):
+            with pytest.raises(FeatclError, match=f"v{version} was already taken back, by v{by}; to put it in again"):
+                learner.revert(version)
+        assert learner.version == 12
+        assert same(learner.adapter.coordinates(), once)
+        assert (tmp_path / "ledger" / LINES).stat().st_size == size
+
+    refused(learner)
+    learner.ledger.close()
+    made = rig()
+    again = made.learner(ledger=RunLedger(tmp_path / "ledger", made.adapter, clock=lambda: 1e9))
+    again.ledger.cut_back_(position)
+    again.restore_(tmp_path)
+    refused(again)
+    again.revert(11)  # v9 is in again
+    for name, tensor in again.adapter.coordinates().items():
+        expected = versions[10][name].double() - (versions[2][name].double() - versions[1][name].double())
+        torch.testing.assert_close(tensor.double(), expected, rtol=0, atol=2e-7)
+    again.revert(9)
+    again.rollback(13)  # the second revert of v9 has not happened
+    assert again.revert(9).version == 14
+
+
+def test_reverts_of_reverts() -> None:
+    found = Reverts({9: 5})
+    assert found.taken_back_by(5) == 9
+    found.add_(12, of=9)
+    assert (found.taken_back_by(5), found.taken_back_by(9)) == (None, 12)
+    found.add_(13, of=12)
+    assert (found.taken_back_by(5), found.taken_back_by(9), found.taken_back_by(12)) == (9, None, 13)
+    again = Reverts()
+    again.load_state_(json.loads(json.dumps(found.state())))
+    with pytest.raises(FeatclError, match="v5 was already taken back, by v9; to put it in again, revert v9"):
+        again.refuse(5)
+    again.refuse(9)
 
 
 def test_revert_says_where_it_is_approximate(rig: Make, talk: Trajectory, tmp_path: Path) -> None:
@@ -374,3 +571,23 @@ def test_lines_alone_tell_what_was_learned_and_refuse_the_rest(rig: Make, talk: 
         with pytest.raises(FeatclError, match="without coordinates"):
             refused()
     assert History(tmp_path / "whole").coordinates(1)
+
+
+def test_an_update_is_subtracted_once_also_without_a_ledger(rig: Make, talk: Trajectory, tmp_path: Path) -> None:
+    learner = rig().learner()
+    for number in range(4):
+        learner.observe(_other(talk, number))
+    learner.revert(3)
+    once = learner.adapter.coordinates()
+    learner.save(tmp_path)
+    made = rig()
+    again = Learner.load(tmp_path, made.model, made.tokenizer, made.adapter)
+    for each in (learner, again):
+        with pytest.raises(FeatclError, match="v3 was already taken back, by v5; to put it in again, revert v5"):
+            each.revert(3)
+        assert each.version == 5
+        assert same(each.adapter.coordinates(), once)
+        each.revert(5)
+        each.revert(3)
+        each.rollback(4)
+        each.revert(3)  # the reverts have not happened

@@ -366,6 +366,38 @@ def test_a_journal_is_not_another_learners(rig: Make, tmp_path: Path) -> None:
         learner.record(tmp_path / "b.jsonl")
 
 
+def test_a_longer_journal_of_somebody_else_is_not_done(rig: Make, tmp_path: Path) -> None:
+    """What another user said must not be learned: the number of records alone does not tell whose they are."""
+    for name, text in (("ada", "a cat"), ("bob", "a dog")):
+        learner = rig().learner()
+        learner.record(tmp_path / f"{name}.jsonl")
+        reply = learner.chat(ASK, max_new_tokens=3)
+        learner.feedback(reply.id, correction=text)
+        learner.save(tmp_path / name)
+        learner.learn()
+    made = rig()
+    found = Learner.load(tmp_path / "ada", made.model, made.tokenizer, made.adapter)
+    with pytest.raises(FeatclError, match=r"bob\.jsonl holds 3 records, .* not this learner's journal"):
+        found.record(tmp_path / "bob.jsonl")
+    assert found.version == 0
+    assert found.record(tmp_path / "ada.jsonl").records == 1, "the control"
+    assert found.version == 1
+
+
+def test_undo_goes_back_by_one_update_or_not_at_all(rig: Make, talk: Any) -> None:
+    """A version that a guard holds may be far back: going there would lose more than the last update."""
+    learner = rig().learner()
+    learner.hold(0)
+    for number in range(10):
+        learner.observe(replace(talk, id=f"talk-{number}"))
+    assert learner.undo() == 9
+    learner.rollback(3)
+    assert learner.versions == (0, 3)
+    with pytest.raises(FeatclError, match="there is nothing to undo: of version 2, before the last update, nothing is"):
+        learner.undo()
+    assert learner.version == 3
+
+
 def test_a_torn_line_is_cut_back_and_a_damaged_one_is_named(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     journal = Journal(path)
@@ -387,6 +419,88 @@ def test_a_torn_line_is_cut_back_and_a_damaged_one_is_named(tmp_path: Path) -> N
         Journal(path)
 
 
+@pytest.mark.parametrize("text", ['{"id": "a"}', "notes\n", "notes", '{"id": "a"}\n', "\0\0\n{}\n"])
+def test_what_is_no_journal_is_left_alone(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(text)
+    with pytest.raises(FeatclError, match=r"mine\.jsonl:1: this line was damaged after it was written, or is of no"):
+        Journal(path)
+    assert path.read_text() == text
+    path.write_bytes(b"\0\0")  # the control: of our own last line, a power cut may leave zeros
+    assert len(Journal(path)) == path.stat().st_size == 0
+
+
+def test_a_record_is_read_as_it_was_written_whatever_its_keys(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j.jsonl")
+    journal.append_({"arguments": {10: (1, 2), 9: float("nan"), "\ud800": None}})
+    journal.append_({"n": 1})
+    journal.close()
+    first, second = Journal(tmp_path / "j.jsonl").records
+    assert first["arguments"]["10"] == [1, 2]
+    assert second == {"n": 1}
+
+
+@pytest.mark.parametrize("act", ["learn", "undo"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_what_was_interrupted_is_not_done_when_the_journal_is_done_again(
+    rig: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: str, error: BaseException
+) -> None:
+    """Of two conversations the first is learned when Ctrl-C comes, or the disk is full; likewise with an undo."""
+    learner = rig().learner()
+    learner.record(tmp_path / "chat.jsonl")
+    learner.save(tmp_path)
+    for text in ("one", "two"):
+        learner.feedback(learner.chat(ASK, max_new_tokens=3).id, correction=text)
+    if act == "undo":
+        learner.learn()
+    observe = Learner.observe
+
+    def failing(self: Learner, given: Any) -> Any:
+        if act == "undo" or given.id == "chat-2":
+            raise error
+        return observe(self, given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "observe" if act == "learn" else "rollback", failing)
+        with pytest.raises(type(error)):
+            getattr(learner, act)()
+    learner.chat(ASK, max_new_tokens=2)
+    made = rig()
+    found = Learner.load(tmp_path, made.model, made.tokenizer, made.adapter)
+    found.record(tmp_path / "chat.jsonl")
+    assert same(found, learner)
+    assert found.version == (1 if act == "learn" else 2)
+    assert found.conversations.state() == learner.conversations.state()
+    assert [c.id for c in found.conversations.waiting] == (["chat-2"] if act == "learn" else [])
+    for each in (learner, found):
+        getattr(each, act)()
+    assert same(found, learner), "and it can be done later"
+
+
+def test_doing_again_can_be_interrupted_and_goes_on(rig: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = rig().learner()
+    learner.record(tmp_path / "chat.jsonl")
+    learner.save(tmp_path)
+    for act in acts(learner)[:6]:
+        act()
+    made = rig()
+    found = Learner.load(tmp_path, made.model, made.tokenizer, made.adapter)
+    observe = Learner.observe
+
+    def interrupted(self: Learner, given: Any) -> Any:
+        if given.id == "chat-2":
+            raise KeyboardInterrupt
+        return observe(self, given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "observe", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            found.record(tmp_path / "chat.jsonl")
+    assert found.record(tmp_path / "chat.jsonl").records == 1, "the second time only what was left"
+    assert same(found, learner)
+    assert found.conversations.state() == learner.conversations.state()
+
+
 def test_a_full_disk_leaves_journal_and_learner_as_they_were(
     rig: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,7 +512,7 @@ def test_a_full_disk_leaves_journal_and_learner_as_they_were(
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("featcl.learning.journal.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         learner.feedback(reply.id, reward=1)
     with pytest.raises(OSError, match="No space"):

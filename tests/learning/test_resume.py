@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from featcl.errors import FeatclError
+from featcl.features import Directions
 from featcl.learning import Learner
+from featcl.learning.denoising import Denoising
 from featcl.learning.optimizers import build_optimizer, load_moments_, moments
 from featcl.learning.randomness import derived_generator
-from featcl.learning.versions import load_snapshot
+from featcl.learning.versions import load_snapshot, load_versions
 from featcl.objectives.scoring import Scorer
 from featcl.streams import Trajectory
 
@@ -194,3 +196,21 @@ def test_what_the_ledger_cannot_write_did_not_happen(rig: Make, talk: Trajectory
     learner.ledger = None
     learner.rollback(8)
     assert learner.version == 8, "the control: with room, it does"
+
+
+def test_what_no_version_changed_is_saved_with_each(rig: Make, talk: Trajectory, tmp_path: Path) -> None:
+    """A revert leaves the update before it as it is: one tensor in two versions, which safetensors refuses."""
+    spans = [
+        Directions.from_vectors(torch.randn(4, 32, generator=torch.Generator().manual_seed(seed)), layer=1)
+        for seed in (5, 6)
+    ]
+    heldout = [replace(talk, id=f"held-{number}") for number in range(2)]
+    learner = rig().learner(denoising=Denoising(spans, heldout, every=100))
+    for number in range(3):
+        learner.observe(replace(talk, id=f"talk-{number}"))
+    learner.revert(1)
+    learner.save(tmp_path)
+    found, kept = load_versions(tmp_path, keep=8)[0], learner.present
+    assert found.numbers == (0, 1, 2, 3, 4)
+    assert kept.tensors
+    assert all(torch.equal(found[v].tensors[name], value) for v in (3, 4) for name, value in kept.tensors.items())

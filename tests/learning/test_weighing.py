@@ -19,7 +19,7 @@ from featcl.learning import Learner
 from featcl.learning.full_gradient import energy_share, full_gradient, span_of
 from featcl.learning.optimizers import moments
 from featcl.learning.running import KNOWN, Usual
-from featcl.learning.weighing import SIGNALS, SignalWeigher, trust
+from featcl.learning.weighing import SIGNALS, SignalWeigher, check_priors, trust
 from featcl.streams import Trajectory
 
 Make = Callable[..., Any]
@@ -187,9 +187,12 @@ def test_the_weight_multiplies_the_gradient(rig: Make, talk: Trajectory) -> None
     assert float(moves[0].norm()) > 0
 
 
-@pytest.mark.parametrize("signal", [signal for signal in SIGNALS if signal != "custom"])
+GIVEN = ("custom", "memory")  # signals that need a function or a memory
+
+
+@pytest.mark.parametrize("signal", [signal for signal in SIGNALS if signal not in GIVEN])
 def test_each_signal_can_be_switched_off(rig: Make, talk: Trajectory, signal: str) -> None:
-    others = [other for other in SIGNALS if other not in (signal, "custom")]
+    others = [other for other in SIGNALS if other not in (signal, *GIVEN)]
     learner = rig().learner(weigher=SignalWeigher(others))
     stats = learner.observe(replace(talk, reward=1.0))
     assert f"weight/{signal}" not in stats.measures
@@ -321,3 +324,16 @@ def test_what_makes_no_sense_is_refused(rig: Make, talk: Trajectory) -> None:
     with pytest.raises(FeatclError, match="custom weight must be a finite number"):
         learner.observe(talk)
     assert same(coordinates(learner), before)
+
+
+def test_a_prior_of_a_source_that_is_none_is_refused() -> None:
+    sources = ("home", "code")
+    for known in ({"home": 0.5}, {}, {"home": 0.1, "code": 2.0, "chat": 0.5}):
+        assert check_priors(known, sources) is None
+    words = r"no trajectory comes from 'hoem', .* nothing; did you mean 'home'\? the sources are code, home"
+    with pytest.raises(FeatclError, match=rf"weighing\.priors: {words}$"):
+        check_priors({"home": 0.5, "hoem": 0.5}, sources)
+    note = check_priors({"hoem": 0.5}, sources, complete=False)
+    assert note is not None
+    assert re.search(rf"{words}, as far as is known$", note)
+    assert "the sources are not known" in str(check_priors({"x": 1.0}, ()))

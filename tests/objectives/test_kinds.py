@@ -35,7 +35,7 @@ def test_every_objective_learns_with_every_kind(rig: Make, talk: Trajectory, kin
     assert SPECS.keys() == OBJECTIVES.keys()
     for name, options in SPECS.items():
         start = made.adapter.coordinates()
-        learner = made.learner(objective={"name": name, **options}, lr=3e-3)
+        learner = made.learner(objective={"name": name, **options}, lr=3e-2)  # KL well above rounding
         stats = learner.observe(talk)
         assert stats.grad_norm > 0, name
         assert stats.kl > 0, name

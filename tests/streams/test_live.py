@@ -156,6 +156,48 @@ def test_damage_before_the_end_is_an_error(tmp_path: Path) -> None:
     assert log.read_text(encoding="utf-8") == whole.replace("text 1", "text 7"), "nothing was cut"
 
 
+@pytest.mark.parametrize("changed", ["empty line", "byte order mark", "spaces at the end"])
+def test_what_an_editor_adds_costs_no_trajectory(tmp_path: Path, changed: str) -> None:
+    """Bytes that are no record count where the end of the good lines is."""
+    log = tmp_path / "live.jsonl"
+    with LiveSource(some(3), log) as live:
+        list(live)
+    first, *rest = log.read_bytes().splitlines(keepends=True)
+    added = {
+        "empty line": b"".join([first, b"\n", *rest]),
+        "byte order mark": b"\xef\xbb\xbf" + first + b"".join(rest),
+        "spaces at the end": first + b"".join(rest) + b"  ",
+    }
+    log.write_bytes(added[changed])
+    with LiveSource([], log) as live:
+        assert [t.id for t in live] == ["t0", "t1", "t2"]
+    with LiveSource(some(5), log, learned=2) as live:
+        assert [t.id for t in live] == ["t2", "t3", "t4"]
+    with LiveSource([], log, learned=1) as live:
+        assert [t.id for t in live] == ["t1", "t2", "t3", "t4"]
+    assert log.read_bytes().startswith(added[changed])
+
+
+@pytest.mark.parametrize("text", ['{"id": "a", "text": "b"}', '{"id": "a", "text": "b"}\n', "notes", "notes\n", "[{}]"])
+def test_what_is_no_log_is_left_alone(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(text)
+    with pytest.raises(FeatclError, match=r"mine\.jsonl:1: .*no log of a live stream"):
+        LiveSource([], path)
+    assert path.read_text() == text
+    path.write_bytes(b"\0\0")  # the control: of our own last line, a power cut may leave zeros
+    LiveSource([], path).close()
+    assert path.read_bytes() == b""
+
+
+def test_a_zipped_log_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(
+        FeatclError, match=r"live\.jsonl\.gz: a live log is appended to line by line, so it cannot be zipped"
+    ):
+        LiveSource(some(1), tmp_path / "live.jsonl.gz")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_cannot_be_written_is_refused_and_leaves_the_log_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +207,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_the_log_as_it_was(
         (Trajectory("x", text="y", meta={"a": object()}), "as JSON"),
         (Trajectory("x", text="\ud800"), "as JSON"),
         (Trajectory("t0", text="another"), "occurs twice"),
+        (Trajectory("x", text="y", meta={1: "a", "1": "b"}), "as JSON .*the key '1' occurs twice"),
         ({"id": "x"}, "exactly one of messages and text"),
     ):
         with LiveSource([*some(1), bad], log) as live, pytest.raises(FeatclError, match=reason):

@@ -52,6 +52,8 @@ BAD = [
     (b'{"id": "z", "text": "\\ud800"}', "UTF-8"),
     (b'{"id": "z", "text": "x", "reward": NaN}', "not a JSON number"),
     (b'{"id": "z", "text": "x", "reward": 1e999}', "beyond the largest number"),
+    (b'{"id": "z", "text": "x", "text": "y"}', "the key 'text' occurs twice in one object"),
+    (b'{"id": "z", "text": "x", "meta": {"a": {"b": 1, "b": 1}}}', "the key 'b' occurs twice in one object"),
     (b"[" * 100_000, "malformed JSON"),
     ({"text": "x"}, "no id"),
     ({"id": "z", "text": "x", "mesages": []}, "did you mean 'messages'"),
@@ -96,6 +98,23 @@ def test_a_bad_line_is_named_or_quarantined(write: Write, tmp_path: Path, row: o
     (entry,) = [json.loads(line) for line in last.read_text().split("\n") if line]
     assert (entry["file"], entry["line"]) == (str(path), 2)
     assert reason in entry["reason"]
+
+
+def test_one_key_in_two_objects_is_no_repetition(write: Write) -> None:
+    rows = [b'{"id": "a", "text": "x", "meta": {"id": 1, "text": [{"id": 2}, {"id": 2}]}}']
+    assert [t.id for t in read_trajectories(write(*rows))] == ["a"]
+    twice = b'[{"id": "a", "text": "x"}, {"id": "b", "text": "x", "text": "y"}]'
+    with pytest.raises(FeatclError, match=r"stream\.json:2: .*the key 'text' occurs twice"):
+        list(read_trajectories(write(twice, name="stream.json")))
+
+
+def test_a_torn_line_of_the_quarantine_is_taken_off(write: Write, tmp_path: Path) -> None:
+    path, quarantine = write(GOOD, b"{", b"[1]"), tmp_path / "quarantine.jsonl"
+    list(read_trajectories(path, strict=False, quarantine=quarantine))
+    whole = quarantine.read_text()
+    quarantine.write_text(whole[:-9])
+    list(read_trajectories(path, strict=False, quarantine=quarantine))
+    assert quarantine.read_text() == whole
 
 
 def test_an_empty_missing_or_damaged_stream(write: Write, tmp_path: Path) -> None:

@@ -30,6 +30,14 @@ def test_shuffled_provenance_is_the_control() -> None:
     assert wrong.shuffled_low < wrong.correlation < wrong.shuffled_high
 
 
+def test_updates_from_several_experiences_are_refused(root: Path) -> None:
+    config = RunConfig.load(
+        root / "experiments" / "quickstart" / "base.yaml", ["phases=null", "learner={steps: 1, accumulate: 2}"]
+    )
+    with pytest.raises(FeatclError, match="accumulate joins several experiences in one update"):
+        leave_one_out(config)
+
+
 @pytest.mark.slow
 def test_blame_agrees_with_retraining_in_the_laboratory(root: Path, tmp_path: Path) -> None:
     config = RunConfig.load(

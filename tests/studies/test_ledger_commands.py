@@ -17,6 +17,7 @@ from featcl.config import RunConfig
 from featcl.errors import FeatclError
 from featcl.learning import Learner
 from featcl.learning.deltas import same
+from featcl.learning.guard import Stopped
 from featcl.learning.history import History
 from featcl.learning.revert import distance
 from featcl.learning.versions import load_snapshot
@@ -119,6 +120,8 @@ def test_blame_of_a_feature_and_of_an_item(finished: Path, capsys: pytest.Captur
         (["log", "NOWHERE"], "not a run's folder"),
         (["diff", "RUN", "v3", "v99"], "no version v99; there are v1 to v16"),
         (["diff", "RUN", "three"], "version 'three': give v7, 7, base or head"),
+        (["diff", "RUN", "v²"], "version 'v²': give v7, 7, base or head"),
+        (["blame", "RUN", "--feature", "3/²"], "feature '3/²': give its number"),
         (["blame", "RUN"], "give either --feature ID or --item ID"),
         (["blame", "RUN", "--feature", "9999"], "feature 9999 is not among the chosen ones"),
         (["blame", "RUN", "--feature", "x"], "give its number"),
@@ -169,12 +172,43 @@ def test_revert_takes_one_back(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert measured["kept"] > 0
     assert measured["ratio"] == pytest.approx(measured["reverted"] / measured["kept"])
     assert log_run(run).entries[0].learned == "revert of v5"
-    with pytest.raises(FeatclError, match="v5 was subtracted already, as v17"):
+    with pytest.raises(FeatclError, match="v5 was already taken back, by v17; to put it in again, revert v17"):
         revert_run(run, "5")
-    with pytest.raises(FeatclError, match="v17 is itself a revert, of v5: roll back to v16"):
-        revert_run(run, "17")
     assert rollback_run(run, "16").undone == 1
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == adapter, "back to the last bit"
+
+
+def test_a_revert_can_be_taken_back(run: Path) -> None:
+    head = History(run / "ledger").coordinates(16)
+    revert_run(run, "v5")
+    with pytest.raises(FeatclError, match="v17 is itself a revert, of v5: there is no experience to leave out"):
+        revert_run(run, "v17", measure=True)
+    done = revert_run(run, "v17")
+    assert (done.reverted.version, done.learned, done.also) == (18, (), ())
+    assert "v17 (a revert) subtracted; the head is v18" in str(done)
+    now = state_of(run).coordinates
+    assert all(torch.allclose(now[name], tensor, rtol=0, atol=2e-7) for name, tensor in head.items())
+    with pytest.raises(FeatclError, match="v17 was already taken back, by v18"):
+        revert_run(run, "v17")
+    assert revert_run(run, "v5").reverted.version == 19, "it is in again, so it can be taken back again"
+
+
+def test_what_was_measured_before_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Summary and report are of the old head: both name what was done since, and the commands tell."""
+    before = json.loads((run / "summary.json").read_text())
+    assert "Changed by hand" not in (run / "report.html").read_text()
+    told = printed(capsys, "revert", str(run), "v5")["stale"]
+    assert told == printed(capsys, "rollback", str(run), "v14")["stale"]
+    assert "R.json and summary.json still tell what was measured before, and report.html says so" in told
+    after = json.loads((run / "summary.json").read_text())
+    done = ["revert v5; the head is v17 now", "rollback to v14; the head is v14 now"]
+    assert after == {**before, "changed_by_hand": done}
+    page = (run / "report.html").read_text()
+    for what in done:
+        assert (
+            f"Changed by hand after these numbers were measured: {what}; adapter/ and state/ are of that head." in page
+        )
+    assert featcl.RunResult.load(run).summary["metrics"] == before["metrics"]
 
 
 def test_rollback_is_exact_also_beyond_what_is_kept(run: Path) -> None:
@@ -200,9 +234,12 @@ def test_rollback_is_exact_also_beyond_what_is_kept(run: Path) -> None:
 def test_rollback_to_the_base(run: Path) -> None:
     finished = str(rollback_run(run, "base"))
     assert all(not tensor.any() for tensor in state_of(run).coordinates.values())
-    assert "R.json, summary.json and report.html still tell what was measured before" in finished
+    assert "R.json and summary.json still tell what was measured before" in finished
     (run / "summary.json").unlink()  # as of a run that has not finished
-    assert "R.json" not in str(rollback_run(run, "base"))
+    again = rollback_run(run, "base")
+    assert "R.json" not in str(again)
+    assert again.to_json()["stale"] is None
+    assert not (run / "summary.json").exists()
 
 
 def test_an_interrupted_run_goes_on_from_where_it_was_rolled_back(
@@ -217,21 +254,69 @@ def test_an_interrupted_run_goes_on_from_where_it_was_rolled_back(
     assert history.record(5)["kind"] == "revert"
     assert result.summary["updates"] == history.head == 16 - 6 + 5, "ten more experiences after v5"
     assert same(state_of(result.path).coordinates, history.coordinates(history.head))
+    with pytest.raises(FeatclError, match=r"v5 came after 'revert of v2' \(or is it\).*; versions up to v4 can"):
+        rollback_run(result.path, "v5")  # kept no more, and no learning of the stream makes it
 
 
-def stop_after(config: RunConfig, updates: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run until so many updates were made, then stop as on Ctrl-C."""
+def test_a_killed_run_is_edited_as_its_checkpoint_knows_it(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ledger has two versions more than the checkpoint: they are forgotten, and nothing is measured from them."""
+    config = make_config(home, tmp_path)(*SHORT, "checkpoint={updates: 4, seconds: 1000}")
+    stop_after(config, 6, monkeypatch, error=SystemExit)
+    ledger = config.folder / "ledger"
+    position = json.loads(next(config.folder.glob("state/0*/session.json")).read_text())["ledger"]
+    assert (position["head"], History(ledger).head) == (4, 6)
+    before = {path.name: path.read_bytes() for path in ledger.iterdir()}
+    with pytest.raises(FeatclError, match="no version v6; there are v1 to v4"):
+        revert_run(config.folder, "v6")
+    assert {path.name: path.read_bytes() for path in ledger.iterdir()} == before, "nothing was changed"
+    done = revert_run(config.folder, "v4", measure=True)
+    assert (done.reverted.version, done.reverted.later) == (5, 0)
+    assert done.distances is not None
+    assert done.distances.ratio < 1e-4, "nothing came after it, so it is as if it was never seen"
+    assert History(ledger).record(5)["kind"] == "revert"
+
+
+def stop_after(
+    config: RunConfig, updates: int, monkeypatch: pytest.MonkeyPatch, error: type[BaseException] = KeyboardInterrupt
+) -> None:
+    """Run until so many updates were made, then stop as on Ctrl-C; with another error, as if it was killed."""
     observe: Callable[..., Any] = Learner.observe
 
     def stopping(self: Learner, trajectory: Any) -> Any:
         if self.version == updates:
-            raise KeyboardInterrupt
+            raise error
         return observe(self, trajectory)
 
     with monkeypatch.context() as patch:
         patch.setattr(Learner, "observe", stopping)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(error):
             featcl.run(config)
+
+
+def test_a_run_that_a_guard_stopped_and_that_went_on_is_made_again(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The update after which it stopped was made; what comes after it too."""
+    observe: Callable[..., Any] = Learner.observe
+    known = True
+
+    def stopping(self: Learner, trajectory: Any) -> Any:
+        stats = observe(self, trajectory)
+        if stats.version == 3:
+            stop = Stopped("forgetting")
+            stop.stats = stats if known else None
+            raise stop
+        return stats
+
+    monkeypatch.setattr(Learner, "observe", stopping)
+    experiment = rebuilt(finished)
+    replay(experiment, updates=5)
+    assert same(experiment.learner.adapter.coordinates(), History(finished / "ledger").coordinates(5))
+    known = False
+    with pytest.raises(Stopped):  # the control: stopped before there was an update
+        replay(rebuilt(finished), updates=5)
 
 
 def test_a_damaged_ledger_is_an_error_of_one_line(run: Path) -> None:
@@ -252,7 +337,8 @@ def test_what_is_in_no_stream_cannot_be_learned_again(run: Path) -> None:
     config = json.loads((run / "config.json").read_text())
     config["stream"]["limit"] = 1
     env = json.loads((run / "env.json").read_text())
-    (run / "config.json").write_text(json.dumps(config))
+    plain = {key: value for key, value in config.items() if key != "digest"}
+    (run / "config.json").write_text(json.dumps({**plain, "digest": RunConfig.from_dict(plain).digest}))
     (run / "env.json").write_text(json.dumps({k: v for k, v in env.items() if not k.endswith("_digest")}))
     with pytest.raises(FeatclError, match="which is not in the config's stream"):
         revert_run(run, "v2", measure=True)

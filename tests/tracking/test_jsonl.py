@@ -107,6 +107,20 @@ def test_cutting_back_by_lines_separates_records_of_one_update(tmp_path: Path) -
     assert cut_back(tmp_path / "none.jsonl", update=4).kept == ()
 
 
+def test_what_a_power_cut_left_after_the_checkpoint_is_not_read(tmp_path: Path) -> None:
+    """Blocks that never reached the disk read as zeros, with whole lines after them."""
+    path = tmp_path / "metrics.jsonl"
+    write(path, 3)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'\0\0\0\0\n{"update": 5}\n')
+    found = cut_back(path, lines=3)
+    assert ([record["update"] for record in found.kept], found.dropped) == ([1, 2, 3], 2)
+    assert path.read_bytes() == whole
+    path.write_bytes(whole.replace(b'{"update": 2', b'\0"update": 2'))
+    with pytest.raises(FeatclError, match=r"metrics.jsonl:2: not JSON"):  # the control: before it, it counts
+        cut_back(path, lines=3)
+
+
 def test_tables_lie_beside_the_file_and_several_trackers_are_one(tmp_path: Path) -> None:
     both = Trackers(JsonlTracker(tmp_path / "a" / "metrics.jsonl"), JsonlTracker(tmp_path / "b" / "metrics.jsonl"))
     both.log({"x": 1}, 1)

@@ -1,0 +1,82 @@
+"""Records in a file that is read through a memory map, for buffers larger than memory.
+
+The file is only ever appended to, so that a place in it means the same for every version of a learner; what a buffer
+drops stays in the file. A reservoir of n takes up n (1 + ln(N / n)) of N records on average, which grows slowly.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from featcl.errors import FeatclError
+from featcl.files import append_bytes, open_append
+
+Place = tuple[int, int, int]  # first byte, length, CRC-32
+
+
+class MappedFile:
+    """A file of records.
+
+    Args:
+        path: The file, which belongs to one learner; made with its folder where it is not there.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._file = open_append(self.path)
+        self._map: mmap.mmap | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the file, records that nobody refers to included."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def put_(self, data: bytes) -> Place:
+        """Append a record; a killed process does not lose it."""
+        start = self.nbytes
+        append_bytes(self._file, data)
+        return start, len(data), zlib.crc32(data)
+
+    def get(self, place: Sequence[int]) -> bytes:
+        """The record that `put_` was given.
+
+        Raises:
+            FeatclError: If the file does not hold it any more.
+        """
+        start, length, checksum = place
+        if self._map is None or len(self._map) < start + length:
+            self._remap_()
+        data = b"" if self._map is None else self._map[start : start + length]
+        if len(data) != length or zlib.crc32(data) != checksum:
+            raise FeatclError(
+                f"{self.path}: bytes {start} to {start + length} are not the record that was written there; "
+                "the file belongs to one learner and goes with its saved state"
+            )
+        return data
+
+    def cut_(self, end: int) -> None:
+        """Forget what was written after `end`: a learner returned to where it was then.
+
+        Raises:
+            FeatclError: If the file is shorter.
+        """
+        if self.nbytes < end:
+            raise FeatclError(f"{self.path} has {self.nbytes} bytes, the saved state needs {end}: it is not its file")
+        if self.nbytes > end:
+            self._unmap_()
+            self._file.truncate(end)
+
+    def _remap_(self) -> None:
+        self._unmap_()
+        if self.nbytes:
+            with open(self.path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def _unmap_(self) -> None:
+        if self._map is not None:
+            self._map.close()
+            self._map = None
