@@ -19,7 +19,7 @@ from featcl.memory.gates import GRADIENT, default_max_step, gate_values, norm_bo
 from featcl.memory.network import predict
 from featcl.memory.state import MemoryState
 
-PIECE = 4096
+PIECE = 1024
 """Tokens of a batch that are projected at a time where no gradient is wanted: their projections stay in the cache."""
 
 
@@ -110,13 +110,18 @@ class StreamMemory(nn.Module):
             FeatclError: For another width, a state of another memory or batch, or NaN or infinity in a token.
         """
         with torch.autocast(x.device.type, enabled=False):
+            fresh, output = state is None, None
             packed, lengths, state = self._entered(x, state, mask)
-            outputs = []
-            for piece, inside in self._pieces(packed, lengths, state):
-                tokens = self._tokens(piece, state, inside)
-                reads, state = self._run(tokens, state, inside)
-                outputs.append(self._output(reads, tokens))
-            output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+            for place, inside in self._pieces(packed, lengths, state):
+                tokens = self._tokens(packed[:, place], state, inside)
+                reads, state = self._run(tokens, state, inside, spent=fresh)
+                part, fresh = self._output(reads, tokens), True  # from here on the state is of our own making
+                if part.shape[1] == packed.shape[1]:
+                    output = part
+                else:
+                    output = part.new_empty(packed.shape) if output is None else output
+                    output[:, place] = part
+            assert output is not None
             return packing.unpack(output, mask).to(x.dtype), state
 
     @torch.no_grad()
@@ -136,8 +141,8 @@ class StreamMemory(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             packed, lengths, state = self._entered(x, state, mask)
             losses = []
-            for piece, inside in self._pieces(packed, lengths, state):
-                tokens = self._tokens(piece, state, inside)
+            for place, inside in self._pieces(packed, lengths, state):
+                tokens = self._tokens(packed[:, place], state, inside)
                 found, state = self._run(tokens._replace(queries=tokens.keys), state, inside)
                 losses.append((found - tokens.values).square().sum(dim=-1).mean(dim=-1))
             return packing.unpack(torch.cat(losses, dim=1), mask)
@@ -222,21 +227,22 @@ class StreamMemory(nn.Module):
             raw, heads=self.heads, max_step=self.max_step, momentum=self.has_momentum, decay=self.has_decay
         )
 
-    def _pieces(
-        self, x: Tensor, lengths: packing.Places, state: MemoryState
-    ) -> Iterator[tuple[Tensor, packing.Places]]:
-        """Cut a long input, at chunk boundaries, where no backward pass needs all of it; at least one piece."""
+    def _pieces(self, x: Tensor, lengths: packing.Places, state: MemoryState) -> Iterator[tuple[slice, packing.Places]]:
+        """Cut a long input, at chunk boundaries, where no backward pass needs all of it; at least one piece.
+
+        Yields the piece's columns, and how many of its tokens each row has.
+        """
         batch, time = x.shape[:2]
-        if torch.is_grad_enabled():
-            yield x, lengths
-            return
         length = max(1, PIECE // (max(batch, 1) * self.chunk_size)) * self.chunk_size
         first = length - (int(state.count[0]) if batch else 0)
-        for start, stop in itertools.pairwise([0, *range(first, time, length), time]):
-            yield x[:, start:stop], (lengths - start).clamp(0, stop - start)
+        cuts = [] if torch.is_grad_enabled() else range(first, time, length)
+        for start, stop in itertools.pairwise([0, *cuts, time]):
+            yield slice(start, stop), (lengths - start).clamp(0, stop - start)
 
-    def _run(self, tokens: Tokens, state: MemoryState, lengths: packing.Places) -> tuple[Tensor, MemoryState]:
-        """Read and write packed tokens behind the open chunk."""
+    def _run(
+        self, tokens: Tokens, state: MemoryState, lengths: packing.Places, *, spent: bool = False
+    ) -> tuple[Tensor, MemoryState]:
+        """Read and write packed tokens behind the open chunk; a state that is spent may be overwritten."""
         size, count, ends = self.chunk_size, state.count, state.count + lengths
         closed = ends // size * size  # of each row: tokens of chunks that are full now
         full = packing.longest(closed)
@@ -248,7 +254,7 @@ class StreamMemory(nn.Module):
         else:
             queries = packing.join(torch.zeros_like(state.keys), count, tokens.queries, lengths)
             line = [part[:, :full] for part in (queries, *lines.values())]
-            reads, weights, momentum = self._scanned(state, *line, closed=closed, size=size)
+            reads, weights, momentum = self._scanned(state, *line, closed=closed, size=size, spent=spent)
             if queries.shape[1] > full:
                 reads = torch.cat([reads, _read(weights, queries[:, full:])], dim=1)
             reads = packing.cut(reads, count, tokens.queries.shape[1], ends)
@@ -257,7 +263,7 @@ class StreamMemory(nn.Module):
 
     def _scanned(
         self, state: MemoryState, queries: Tensor, keys: Tensor, values: Tensor, gates: Tensor, *,
-        closed: packing.Places, size: int,
+        closed: packing.Places, size: int, spent: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
         """Chunks of `size` tokens; in each row only the first `closed` tokens count."""
         step, momentum, decay = gates.unflatten(1, (gates.shape[1] // size, size)).permute(4, 0, 3, 1, 2)
@@ -266,6 +272,7 @@ class StreamMemory(nn.Module):
         found = scan(
             state.weights, state.momentum, queries=queries, keys=keys, values=values,
             coefficients=chunk_coefficients(step, momentum, decay, valid=valid), max_gradient=self.max_gradient,
+            spent=spent,
         )  # fmt: skip
         return found.reads, found.weights, found.momentum
 

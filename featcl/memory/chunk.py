@@ -40,6 +40,7 @@ def scan(
     values: Float[Tensor, "batch time heads d_value"],
     coefficients: Coefficients,
     max_gradient: float,
+    spent: bool = False,
 ) -> Scan:
     """Read and write a whole number of chunks.
 
@@ -51,6 +52,7 @@ def scan(
         values: What the keys shall give.
         coefficients: Of each [batch, heads, chunks], and token.
         max_gradient: Longest gradient of one token in one layer.
+        spent: Whether weights and momentum are not needed any more, so that they may be overwritten.
 
     Returns:
         What each query read at the start of its chunk, and weights and momentum after the last chunk.
@@ -64,9 +66,12 @@ def scan(
         [part.permute(2, 0, 1, 3).flatten(1, 2) for part in coefficients[3 : 5 if momentum else 4]], dim=1
     )
     settings = _Settings(len(weights), max_gradient)
-    reads, *layers = _Chunks.apply(
-        settings, queries, keys, values, chunk[..., None, None], tokens * max_gradient, *layers
-    )
+    given = (queries, keys, values, chunk[..., None, None], tokens * max_gradient)
+    if torch.is_grad_enabled() and any(part.requires_grad for part in (*given, *layers)):
+        reads, *layers = _Chunks.apply(settings, *given, *layers)
+    else:
+        fast = settings.split(layers) if spent else settings.split(layers).clone()
+        reads, layers = _through_(fast, *given, settings=settings), [*fast.weights, *fast.momentum]
     ends = [layer.unflatten(0, (batch, heads)) for layer in layers]
     return Scan(reads, tuple(ends[: len(weights)]), tuple(ends[len(weights) :]))
 
@@ -79,8 +84,25 @@ class _Settings(NamedTuple):
         return Fast(list(layers[: self.depth]), list(layers[self.depth :]))
 
 
+def _through_(
+    fast: Fast, queries: Tensor, keys: Tensor, values: Tensor, chunk: Tensor, tokens: Tensor, *, settings: _Settings,
+    kept: dict[int, Fast] | None = None,
+) -> Float[Tensor, "batch time heads d_value"]:  # fmt: skip
+    """The loop over chunks, in place; returns what was read. `kept` gets a copy of the state at each chunk it names."""
+    size, reads = tokens.shape[-1], torch.empty_like(values, memory_format=torch.contiguous_format)
+    streams = zip(*(_chunks(part, size) for part in (queries, keys, values, reads)), strict=True)
+    for j, (query, key, value, read) in enumerate(streams):
+        if kept is not None and j in kept:
+            kept[j] = fast.clone()
+        found = inner_pass(fast.weights, _unit(key, query)[0], value, max_gradient=settings.max_gradient)
+        read.copy_(found.outputs[-1][:, size:].view(value.shape))
+        advance(fast, found, chunk=chunk[j], tokens=tokens[j], in_place=True)
+        del found  # before the next one is made
+    return reads
+
+
 class _Chunks(torch.autograd.Function):
-    """The loop over chunks and its derivative.
+    """The loop over chunks with its derivative.
 
     Takes the coefficients of chunks [chunks, 3, rows, 1, 1] and of tokens, times G, [chunks, 1 or 2, rows, size], and
     the layers' weights and momenta [rows, d_in, d_out], rows being batch and heads.
@@ -91,19 +113,12 @@ class _Chunks(torch.autograd.Function):
         ctx: Any, settings: _Settings, queries: Tensor, keys: Tensor, values: Tensor, chunk: Tensor, tokens: Tensor,
         *start: Tensor,
     ):  # fmt: skip
-        size, training = tokens.shape[-1], any(ctx.needs_input_grad)
-        fast, group = settings.split(start).clone(), _group(len(tokens), start, keys)
-        reads, kept = torch.empty_like(values, memory_format=torch.contiguous_format), []
-        streams = zip(*(_chunks(part, size) for part in (queries, keys, values, reads)), strict=True)
-        for j, (query, key, value, read) in enumerate(streams):
-            if training and j % group == 0:
-                kept += [layer.clone() for part in fast for layer in part]
-            found = inner_pass(fast.weights, _unit(key, query)[0], value, max_gradient=settings.max_gradient)
-            read.copy_(found.outputs[-1][:, size:].view(value.shape))
-            advance(fast, found, chunk=chunk[j], tokens=tokens[j], in_place=True)
-        if training:
-            ctx.save_for_backward(queries, keys, values, chunk, tokens, *kept)
-            ctx.settings, ctx.group = settings, group
+        fast, ctx.settings = settings.split(start).clone(), settings
+        ctx.group = _group(len(tokens), start, keys)
+        kept = dict.fromkeys(range(0, len(tokens), ctx.group), fast)
+        reads = _through_(fast, queries, keys, values, chunk, tokens, settings=settings, kept=kept)
+        layers = [layer for state in kept.values() for part in state for layer in part]
+        ctx.save_for_backward(queries, keys, values, chunk, tokens, *layers)
         return reads, *fast.weights, *fast.momentum
 
     @staticmethod

@@ -33,8 +33,8 @@ def chunk_coefficients(
 ) -> Coefficients:
     """Unroll S_t = η_t S_{t-1} - θ_t g_t, M_t = (1 - α_t) M_{t-1} + S_t over a chunk.
 
-    Backwards over the tokens, with A_s = ∏_{r>s} (1 - α_r), E_s = ∏_{r>s} η_r and u_s = A_s + η_{s+1} u_{s+1}, which
-    collects what S_s adds to M from s on: write_s = θ_s u_s, impulse_s = θ_s E_s, carry = η_1 u_1.
+    Without gradients some tokens take (M, S) to (keep M + carry S, hold S). What token s wrote, its own S, goes through
+    the tokens after it: write_s = θ_s (keep + carry of s+1 …), impulse_s = θ_s (hold of s+1 …).
 
     Args:
         step: θ of each token.
@@ -47,17 +47,29 @@ def chunk_coefficients(
 
     Source: Titans, arXiv:2501.00663, eqs. 13-14 unrolled; their section 3.2 for the chunk-wise form.
     """
+    added = momentum
     if valid is not None:
-        step, momentum, decay = step * valid, torch.where(valid, momentum, 1.0), decay * valid
-    kept = 1.0 - decay
-    keep = hold = torch.ones_like(step[..., 0])
-    total = torch.zeros_like(keep)  # η_{s+1} u_{s+1}, the last token's being 0
-    write, impulse = [], []
-    for s in reversed(range(step.shape[-1])):
-        total = total + (keep if valid is None else keep * valid[..., s])
-        write.append(total)
-        impulse.append(hold)
-        total, keep, hold = total * momentum[..., s], keep * kept[..., s], hold * momentum[..., s]
-    write.reverse()
-    impulse.reverse()
-    return Coefficients(keep, total, hold, torch.stack(write, -1) * step, torch.stack(impulse, -1) * step)
+        step, momentum, decay, added = step * valid, torch.where(valid, momentum, 1.0), decay * valid, momentum * valid
+    keep, hold, carry = _suffixes(1.0 - decay, momentum, added)
+    one = torch.ones_like(step[..., :1])
+    keep_after, hold_after = (torch.cat([part[..., 1:], one], dim=-1) for part in (keep, hold))
+    carry_after = torch.cat([carry[..., 1:], torch.zeros_like(one)], dim=-1)
+    write, impulse = step * (keep_after + carry_after), step * hold_after
+    return Coefficients(keep[..., 0], carry[..., 0], hold[..., 0], write, impulse)
+
+
+def _suffixes(keep: Tensor, hold: Tensor, carry: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each token and all after it together, from those of single tokens: by doubling, log₂(chunk) times.
+
+    First (keep_1, hold_1, carry_1), then (keep_2, …): M'' = keep_2 (keep_1 M + carry_1 S) + carry_2 hold_1 S.
+    """
+    length, size = 1, keep.shape[-1]
+    while length < size:
+        first = [part[..., :-length] for part in (keep, hold, carry)]
+        then = [part[..., length:] for part in (keep, hold, carry)]
+        both = (first[0] * then[0], first[1] * then[1], torch.addcmul(then[0] * first[2], then[2], first[1]))
+        keep, hold, carry = (
+            torch.cat([new, old[..., -length:]], dim=-1) for new, old in zip(both, (keep, hold, carry), strict=True)
+        )
+        length *= 2
+    return keep, hold, carry

@@ -106,15 +106,14 @@ def advance(
     end = fast if in_place else Fast([], [])
     for layer, scale in enumerate(layer_scales(fast.weights)):
         weight, delta = fast.weights[layer], found.deltas[layer]
-        keys = found.inputs[layer][:, : delta.shape[1]].mT
-        rows = (tokens / found.lengths[layer])[..., None] * delta
+        keys, amounts = found.inputs[layer][:, : delta.shape[1]].mT, (tokens / found.lengths[layer])[..., None]
         weight = weight.mul_(keep) if in_place else weight * keep
         if fast.momentum:
             momentum = fast.momentum[layer]
             weight.addcmul_(momentum, carry)
             momentum = momentum.mul_(hold) if in_place else momentum * hold
-            momentum.baddbmm_(keys, rows[1], alpha=-scale)
-        weight.baddbmm_(keys, rows[0], alpha=-scale)
+            momentum.baddbmm_(keys, amounts[1] * delta, alpha=-scale)
+        weight.baddbmm_(keys, amounts[0] * delta, alpha=-scale)
         if not in_place:
             end.weights.append(weight)
             end.momentum.extend([momentum] if fast.momentum else [])

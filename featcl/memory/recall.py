@@ -173,5 +173,6 @@ def _read_back(
     found = torch.nn.functional.normalize(memory.read(asked, state), dim=-1).transpose(1, 2).flatten(0, 1)
     unit = torch.nn.functional.normalize(values, dim=-1).transpose(1, 2).flatten(0, 1)
     cosines = found @ unit.mT  # [streams · heads, items asked for, items there are]
-    own = cosines.diagonal(dim1=1, dim2=2)
-    return (own >= cosines.amax(dim=-1)).to(own.dtype).T, own.T
+    own = cosines.diagonal(dim1=1, dim2=2).clone()
+    cosines.diagonal(dim1=1, dim2=2).fill_(-torch.inf)  # so that the largest is that of another item
+    return (own > cosines.amax(dim=-1)).to(own.dtype).T, own.T
