@@ -151,6 +151,14 @@ def test_a_step_is_the_mean_divergence_and_reaches_the_memory_alone(made: tuple[
     assert attached.state is None
 
 
+def test_the_control_trains_the_gate_alone(made: tuple[Any, Any, Scorer]) -> None:
+    _, attached, scorer = made
+    slow = attached.tensors()
+    MemoryTraining(attached, scorer, texts(), steps=10, lr=1e-2, gate_only=True).step_()
+    changed = {name for name, tensor in attached.tensors().items() if not torch.equal(tensor, slow[name])}
+    assert changed == {"gate"}
+
+
 def test_the_gradient_comes_back_through_the_windows(made: tuple[Any, Any, Scorer]) -> None:
     """Finite differences of the loss on the last window alone, along the slow weights."""
     _, attached, scorer = made
