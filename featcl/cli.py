@@ -15,6 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from featcl.cli_ledger import add_commands
+from featcl.cli_report import add_report_commands
+from featcl.cli_study import add_study_commands
 from featcl.config import ConfigError
 from featcl.errors import FeatclError
 from featcl.files import require_file, require_folder
@@ -103,22 +105,6 @@ def run(
 
 
 @app.command()
-def table(
-    study: Annotated[Path, typer.Argument(help="The study's folder of configs, such as experiments/quickstart.")],
-    output: Annotated[Path, typer.Option(help="Where the results lie.")] = Path("results"),
-    as_json: Json = False,
-) -> None:
-    """Put the finished arms of a study side by side."""
-    from featcl.studies.table import study_table
-
-    result = study_table(study, output=output)
-    if as_json:
-        _print_json(result.rows)
-    else:
-        result.print()
-
-
-@app.command()
 def export(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a run: results/<study>/<arm>/seed-<n>.")],
     to: Annotated[str, typer.Option(help="peft: a plain LoRA folder. merged: a Hugging Face folder with tokenizer.")],
@@ -179,6 +165,8 @@ def doctor(
 
 
 add_commands(app)  # log, diff, blame, revert, rollback
+add_report_commands(app)  # report, table
+add_study_commands(app)  # sweep, reproduce
 
 
 # --- features ----------------------------------------------------------------------------------------------------

@@ -43,7 +43,44 @@ OBJECTIVES = (
     "sft", "distillation", "self_distillation", "recover", "policy", "preference", "predict",
     "kl_to_base", "l2_to_base",
 )  # fmt: skip
-METHODS: tuple[str, ...] = ()  # continual-learning methods that exist; none ships yet
+# continual-learning methods and their parameters, which are those of the classes in featcl/methods
+METHODS: dict[str, tuple[str, ...]] = {
+    "baking": ("every",),
+    "cartridge": (
+        "tokens", "samples", "steps", "lr", "chunk", "every", "max_new_tokens", "form", "budget_bytes", "joiner",
+    ),
+    "corda": ("retained", "tokens"),
+    "der": ("budget", "budget_bytes", "alpha", "beta", "top_k", "count"),
+    "ewc": ("strength", "variant", "decay", "labels", "experiences"),
+    "generative_replay": ("samples", "share", "count", "every", "max_new_tokens", "temperature"),
+    "gpm": ("threshold", "tokens"),
+    "in_context": ("tokens", "form", "budget_bytes", "joiner", "reply_tokens", "frozen"),
+    "inflora": ("threshold", "tokens"),
+    "l2_to_start": ("strength", "start"),
+    "latent_replay": ("budget_bytes", "budget", "select", "share", "count"),
+    "lwf": ("strength", "match", "temperature"),
+    "mas": ("strength", "experiences"),
+    "merging": ("method", "density", "scale"),
+    "mica": (),
+    "notes": (
+        "training_tasks", "write_share", "form", "by", "k", "budget_bytes", "joiner", "max_new_tokens", "reply_tokens",
+    ),
+    "null_space": ("lost", "retained", "tokens"),
+    "olora": ("strength",),
+    "oplora": ("preserved",),
+    "persona": ("answers", "budget", "share", "count"),
+    "persona_and_task": ("folder",),
+    "progressive": (),
+    "rehearsal": ("material", "share", "count"),
+    "replay": ("budget", "budget_bytes", "select", "share", "count", "codec", "file"),
+    "retrieval": (
+        "by", "k", "layer", "tokens", "form", "budget_bytes", "joiner", "reply_tokens", "frozen",
+    ),
+    "routed": ("router", "layer", "examples"),
+    "si": ("strength", "damping"),
+    "skill_file": ("budget_bytes", "writer", "joiner", "max_new_tokens", "reply_tokens", "frozen"),
+    "sparse_memory": ("background", "top", "used", "slots"),
+}  # fmt: skip
 SELECTORS = (
     "ids", "contrast", "rarity", "gradient_energy", "attribution", "persona", "explanations", "hand",
 )  # fmt: skip
@@ -105,8 +142,14 @@ class StreamConfig(Part):
     format: Literal["auto", "jsonl", "openai", "sharegpt", "swe_agent", "tau_bench", "atif", "live"] = "auto"
     strict: Annotated[bool, Strict()] = True  # False: a malformed line goes to quarantine.jsonl and the run goes on
     order: Literal["blocked", "shuffled", "gradual", "recurring"] = "blocked"  # of a lab stream
+    # streaming: one experience at a time, as it comes; batches: a task is there as a whole, in shuffled passes over it;
+    # domain: all tasks of a domain are one, so that there is one shift; joint: all tasks are one; alone: each from the
+    # base
+    setting: Literal["streaming", "batches", "domain", "joint", "alone"] = "streaming"
+    passes: Count = 1  # over each task, in every phase; of the settings but streaming
     garbage: Annotated[float, Strict(), Field(ge=0, le=1)] = 0.0  # share of a lab stream that is wrong
     tasks: tuple[str, ...] | None = None  # which tasks of a lab stream; null for all
+    pairs: Annotated[bool, Strict()] = False  # of a lab stream: a rejected reply beside the right one, for `preference`
     holdout: Annotated[float, Strict(), Field(gt=0, lt=1)] = 0.2  # share of a file's trajectories kept for R
     calibration: Annotated[float, Strict(), Field(gt=0, lt=1)] = 0.1  # share kept for selecting features
     limit: Count | None = None  # learn from at most this many trajectories per task
@@ -129,6 +172,12 @@ class StreamConfig(Part):
             raise ValueError(f"acting belongs to the stream lab/acting, not to {self.name or self.path}")
         if self.name == "lab/acting" and (self.order != "blocked" or self.garbage):
             raise ValueError("lab/acting has episodes of the model's own: order is blocked, and garbage is 0")
+        if self.pairs and (self.name is None or self.name == "lab/acting"):
+            raise ValueError(f"pairs are made for the lab's conversations, not for {self.name or self.path}")
+        if self.name == "lab/acting" and self.setting not in ("streaming", "alone"):
+            raise ValueError(f"lab/acting has episodes that are played when they are due: no setting {self.setting}")
+        if self.passes > 1 and (self.setting == "streaming" or self.name == "lab/acting"):
+            raise ValueError(f"passes {self.passes}: what is streamed comes once; choose setting batches")
         return self
 
 
@@ -157,7 +206,9 @@ class FeaturesConfig(Part):
 class AdapterConfig(Part):
     """The constraint: a row of the table of kinds, the basis it uses and the layers it is attached to."""
 
-    kind: Literal["none", "write", "read", "both", "residual", "gated", "shift", "scale"] = "both"
+    kind: Literal["none", "write", "read", "both", "residual", "gated", "shift", "scale", "full", "osf", "mixture"] = (
+        "both"
+    )
     basis: Literal["chosen", "random", "pca", "random_features"] = "chosen"
     training: Literal["coordinates", "train_both_factors", "project_update", "penalty", "project_gradient"] = (
         "coordinates"
@@ -170,16 +221,23 @@ class AdapterConfig(Part):
     alpha: Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)] | None = None  # null: a scaling of 1
     penalty: Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)] = 1.0  # strength, with training: penalty
     remainder: Literal["keep", "drop"] = "keep"  # of an update, when the directions change
+    # of osf: the largest singular directions of each weight that it keeps, how many or a share of all
+    preserved: Count | Annotated[float, Strict(), Field(gt=0, lt=1)] | None = None
+    experts: Count | None = None  # of mixture: per linear, null: 4
+    top: Count | None = None  # of mixture: experts that act on a token, null: 2
     residual_map: dict[str, Any] | None = None  # of an architecture that featcl does not know: featcl.models.Family
 
     @model_validator(mode="after")
     def _fits(self) -> AdapterConfig:
         if self.training != "coordinates" and self.kind not in ("write", "read", "both"):
             raise ValueError(f"training {self.training!r} belongs to the kinds write, read and both, not {self.kind!r}")
-        if self.kind == "none" and self.basis != "chosen":
+        if self.kind in ("none", "full", "osf", "mixture") and self.basis != "chosen":
             raise ValueError(
-                f"basis belongs to the kinds that bound an update: kind none has no use for {self.basis!r}"
+                f"basis belongs to the kinds that bound an update: kind {self.kind} has no use for {self.basis!r}"
             )
+        for name, kind in (("preserved", "osf"), ("experts", "mixture"), ("top", "mixture")):
+            if getattr(self, name) is not None and self.kind != kind:
+                raise ValueError(f"{name} belongs to kind {kind}, not to {self.kind!r}")
         if self.alpha is not None and self.kind != "none" and self.training != "train_both_factors":
             raise ValueError("alpha scales two trained factors: it belongs to kind none and to train_both_factors")
         return self
@@ -352,12 +410,74 @@ class CanariesConfig(Part):
     items: Count = 64
 
 
+class DriftConfig(Part):
+    """How far the model has moved from its base, with every row of R: KL, ‖ΔW‖ per layer, and the SAE's features."""
+
+    texts: Annotated[int, Strict(), Field(ge=8)] = 64  # of each kind: held out of what is taught, and background
+    features: Annotated[bool, Strict()] = True  # whose mean activation changed, and whether the SAE still fits
+    top: Count = 20  # features that are named
+    scales: tuple[Float, ...] = (0.0, 0.5, 1.0, 2.0)  # of the update, at which the SAE is measured after the last task
+
+
+class ShiftConfig(Part):
+    """How far apart consecutive segments of the stream are for the base model; measured once, at the start."""
+
+    segments: Annotated[int, Strict(), Field(ge=2)] | None = None  # of equal length; null: the stream's own tasks
+    sequences: Annotated[int, Strict(), Field(ge=2)] = 64  # of each segment at most, evenly spread
+    layers: tuple[Int, ...] | None = None  # whose writers the gradient is taken of; null: all
+
+
+class PerplexityConfig(Part):
+    """Frozen texts in bits per byte, with every row of R."""
+
+    files: Annotated[tuple[str, ...], Field(min_length=1)]  # .txt or .txt.gz; each is a number of its own
+    context: Annotated[int, Strict(), Field(ge=2)] | None = None  # null: the model's, at most 2048
+    stride: Count | None = None  # null: half the context
+
+
+class TierConfig(Part):
+    """What lm-evaluation-harness asks at one occasion."""
+
+    tasks: tuple[str, ...] = ("featcl_lab_choice", "featcl_lab_exact", "featcl_lab_text")
+    limit: Count | None = None  # items of each task
+
+
+class SmokeConfig(TierConfig):
+    """A few items, every `every` updates."""
+
+    tasks: tuple[str, ...] = ("featcl_lab_choice",)
+    limit: Count | None = 16
+    every: Count = 100
+
+
+class HarnessConfig(Part):
+    """General ability by lm-evaluation-harness (the extra `lm-eval`); null leaves a tier out."""
+
+    smoke: SmokeConfig | None = None
+    quick: TierConfig | None = TierConfig(limit=24)  # at the end of each task
+    full: TierConfig | None = TierConfig()  # at the start and at the end
+    include: str | None = None  # a folder with YAML tasks of your own
+    cache: str | None = None  # null: the folder harness in `output`, shared by its studies
+    batch_size: Count = 16
+
+
 class EvaluationConfig(Part):
     """What is measured and when."""
 
     suites: tuple[str, ...] = ("lab/general",)
     every: Literal["task"] = "task"
     canaries: CanariesConfig | None = CanariesConfig()
+    cost: Annotated[bool, Strict()] = False  # FLOPs, peak memory and seconds by phase, in cost.json
+    drift: DriftConfig | None = None
+    shift: ShiftConfig | None = None
+    perplexity: PerplexityConfig | None = None
+    harness: HarnessConfig | None = None
+
+    @model_serializer(mode="wrap")
+    def _asked_for_only(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What is off by default is not written, so that a run without it keeps its digest."""
+        optional = ("cost", "drift", "shift", "perplexity", "harness")
+        return {key: value for key, value in plain(self).items() if value or key not in optional}
 
 
 class TrackingConfig(Part):
@@ -365,8 +485,14 @@ class TrackingConfig(Part):
 
     wandb: Literal["offline", "online", "disabled"] = "offline"
     project: str = "featcl"
+    tags: tuple[str, ...] = ()  # besides model, stream, kind, objectives and methods
+    backends: tuple[Literal["tensorboard", "trackio"], ...] = ()
+    samples: Annotated[int, Strict(), Field(ge=0)] = 4  # replies drawn at every evaluation, with the KL of each token
     ledger: Literal["coordinates", "lines"] = "coordinates"  # lines: what was learned from what, without the versions'
     # coordinates (three quarters of their bytes at every update), which diff, blame, revert and rollback need
+
+
+ELSEWHERE = ("wandb", "project", "tags", "backends")  # of tracking: where numbers go, which changes none
 
 
 class CheckpointConfig(Part):
@@ -385,7 +511,21 @@ class MethodConfig(BaseModel):
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        return _known_name(name, "method", METHODS)
+        return _known_name(name, "method", tuple(METHODS))
+
+    @model_validator(mode="after")
+    def _own_parameters(self) -> MethodConfig:
+        known = METHODS[self.name]
+        for parameter in self.parameters:
+            if parameter not in known:
+                near = _nearest(parameter, known) or f"; there is {', '.join(known) or 'none'}"
+                raise ValueError(f"method {self.name} has no parameter {parameter!r}{near}")
+        return self
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What is given beside the name."""
+        return dict(self.model_extra or {})
 
 
 class RunConfig(Part):
@@ -486,6 +626,7 @@ class RunConfig(Part):
     def digest(self) -> str:
         """SHA-256 of the resolved config without what changes no result: where they lie, how often state is saved."""
         content = {key: value for key, value in self.to_dict().items() if key not in ("output", "checkpoint")}
+        content["tracking"] = {key: value for key, value in content["tracking"].items() if key not in ELSEWHERE}
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @property

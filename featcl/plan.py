@@ -1,11 +1,15 @@
-"""The order of things in a run: a memory's training, evaluations, updates, looks at the canaries."""
+"""The order of things in a run: a memory's training, evaluations, tasks' beginnings and ends, updates, canaries."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from featcl.build import Experiment
+from featcl.config import RunConfig
+from featcl.evaluation.material import Task
+from featcl.lab.acting import NAME as ACTING
 from featcl.streams import Trajectory
 from featcl.streams.environments import Planned
 
@@ -17,6 +21,27 @@ class Update:
     task: str
     phase: int
     trajectory: Trajectory | Planned
+
+
+@dataclass(frozen=True)
+class StartAgain:
+    """Back to the base: the next task is learned as if it were the only one."""
+
+
+@dataclass(frozen=True)
+class BeginTask:
+    """Methods hear that a task begins, and which experiences are to come, if they are known by now."""
+
+    task: str
+    upcoming: tuple[Trajectory, ...]
+
+
+@dataclass(frozen=True)
+class EndTask:
+    """Methods hear that a task ends, and which experiences it had, by the phase that learned from them."""
+
+    task: str
+    learned: tuple[tuple[int, Trajectory | Planned], ...]
 
 
 @dataclass(frozen=True)
@@ -43,7 +68,7 @@ class Evaluate:
     row: str
 
 
-Step = Memorize | MeasureMemory | Update | CheckCanaries | Evaluate
+Step = Memorize | MeasureMemory | StartAgain | BeginTask | Update | CheckCanaries | EndTask | Evaluate
 
 
 def plan(experiment: Experiment) -> Iterator[Step]:
@@ -55,11 +80,39 @@ def plan(experiment: Experiment) -> Iterator[Step]:
         yield from (Memorize() for _ in range(experiment.memorizing.steps))
         yield MeasureMemory("trained")
     yield Evaluate("base")
-    for task in experiment.material.tasks:
+    for number, task in enumerate(experiment.material.tasks):
+        if number and experiment.config.stream.setting == "alone":
+            yield StartAgain()
+        if experiment.learner.methods:
+            yield BeginTask(task.name, tuple(t for _, t in learned(experiment, task) if isinstance(t, Trajectory)))
         for phase, limit in enumerate(experiment.experiences):
-            for trajectory in task.trajectories[:limit]:
+            for trajectory in order(experiment.config, task.trajectories[:limit], task=task.name, phase=phase):
                 yield Update(task.name, phase, trajectory)
                 updates += 1
                 if canaries is not None and experiment.canaries is not None and updates % canaries.every == 0:
                     yield CheckCanaries()
+        if experiment.learner.methods:
+            yield EndTask(task.name, learned(experiment, task))
         yield Evaluate(task.name)
+
+
+def order(
+    config: RunConfig, trajectories: Sequence[Trajectory | Planned], *, task: str, phase: int
+) -> Iterator[Trajectory | Planned]:
+    """A task's experiences as they come in one phase: as the stream has them, or in shuffled passes."""
+    stream = config.stream
+    if stream.name == ACTING or stream.setting == "streaming" or (stream.setting == "alone" and stream.passes == 1):
+        yield from trajectories
+        return
+    for number in range(stream.passes):
+        generator = random.Random(f"{config.seed}/{task}/{phase}/{number}")
+        yield from generator.sample(trajectories, len(trajectories))
+
+
+def learned(experiment: Experiment, task: Task) -> tuple[tuple[int, Trajectory | Planned], ...]:
+    """Every experience of a task once, with the first phase that learns from it."""
+    found: dict[str | Planned, tuple[int, Trajectory | Planned]] = {}
+    for phase, limit in enumerate(experiment.experiences):
+        for each in task.trajectories[:limit]:
+            found.setdefault(each.id if isinstance(each, Trajectory) else each, (phase, each))
+    return tuple(found.values())

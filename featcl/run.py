@@ -9,9 +9,10 @@ import sys
 import types
 
 from featcl.build import build
+from featcl.build.methods import own_files
 from featcl.config import RunConfig
 from featcl.evaluation.result import RunResult
-from featcl.plan import CheckCanaries, Evaluate, MeasureMemory, Memorize, Update, plan
+from featcl.plan import BeginTask, CheckCanaries, EndTask, Evaluate, MeasureMemory, Memorize, StartAgain, Update, plan
 from featcl.session import Session
 from featcl.tracking.folder import RunFolder, stopping_cleanly
 from featcl.tracking.interrupt import Interruptible
@@ -38,7 +39,8 @@ def run(config: RunConfig, *, overwrite: bool = False) -> RunResult:
             say(f"{folder.path} holds this run, finished; --overwrite would run it again")
             return RunResult.load(folder.path)
         with waiting("loading the model, selecting features, attaching the adapter"):
-            experiment = build(config, quarantine=folder.path / "quarantine.jsonl")
+            files = own_files(folder.path, resumed=folder.state is not None)
+            experiment = build(config, quarantine=folder.path / "quarantine.jsonl", files=files)
         with Session(experiment, folder, interrupt) as session:
             for step in session.remaining(plan(experiment)):
                 match step:
@@ -46,10 +48,16 @@ def run(config: RunConfig, *, overwrite: bool = False) -> RunResult:
                         session.memorize()
                     case MeasureMemory():
                         session.measure_memory(step.when)
+                    case StartAgain():
+                        session.start_again()
+                    case BeginTask():
+                        session.begin_task(step)
                     case Update():
                         session.learn(step)
                     case CheckCanaries():
                         session.check_canaries()
+                    case EndTask():
+                        session.end_task(step)
                     case Evaluate():
                         session.evaluate(step.row)
             return session.finish()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,25 +18,32 @@ from featcl.build.memory import save_memory
 from featcl.errors import FeatclError
 from featcl.evaluation import ScoreMatrix
 from featcl.evaluation.board import without_columns
+from featcl.evaluation.desiderata import report_card
 from featcl.evaluation.result import RunResult
+from featcl.evaluation.samples import COLUMNS, sample_completions, sample_prompts
+from featcl.evaluation.segments import SegmentedAnswering
+from featcl.evaluation.task_end import task_end_record
 from featcl.features.tokens import token_batches, token_windows
 from featcl.files import append_bytes, digest_json, read_state, write_json
 from featcl.learning import UpdateStats
 from featcl.learning.guard import Stopped
 from featcl.learning.ledger import RunLedger
-from featcl.plan import Step, Update
+from featcl.learning.randomness import derived_generator
+from featcl.plan import BeginTask, EndTask, Step, Update
 from featcl.streams import Trajectory
 from featcl.streams.environments import Planned
-from featcl.tracking import JsonlTracker, Trackers, WandbRun, cut_back, open_wandb
+from featcl.tracking import JsonlTracker, RunNames, Trackers, cut_back, open_backends
 from featcl.tracking.ahead import Begun, WriteAhead
 from featcl.tracking.environment import environment
 from featcl.tracking.folder import RunFolder
 from featcl.tracking.interrupt import Interruptible
+from featcl.tracking.jsonl import read_rows
 from featcl.tracking.names import TOKENS_SEEN
 from featcl.tracking.progress import progress_bar, say
 from featcl.tracking.report import draw_plots, write_report
+from featcl.tracking.report_card import card_table
 
-COUNTERS = ("position", "phase", "left_out", "quarantined", "stopped", "recall")
+COUNTERS = ("position", "phase", "left_out", "quarantined", "stopped", "recall", "updates_before", "tokens_before")
 QUARANTINE = "quarantine.jsonl"
 MEMORY = "memory.safetensors"
 T = TypeVar("T")
@@ -58,6 +67,9 @@ class Session:
         self.position = self.phase = self.left_out = self.quarantined = 0
         self.stopped: str | None = None
         self.recall: dict[str, dict[str, float]] = {}
+        self.samples: list[Any] = []
+        self.updates_before = self.tokens_before = 0  # of tasks after which learning started again
+        self.start = experiment.learner.present if experiment.config.stream.setting == "alone" else None
         self.rounds = acting_rounds(experiment.config, experiment.learner, folder.path / "episodes")
         material = experiment.material
         self.matrix = ScoreMatrix(material.columns, len(material.tasks), material.board.measure)
@@ -137,7 +149,7 @@ class Session:
         record = stats.record()
         seconds = record.pop("seconds")
         self.left_out += stats.tokens_left_out
-        kind = "quarantined" if stats.quarantined else "update"
+        kind = "quarantined" if stats.quarantined else "postponed" if stats.postponed else "update"
         self._log({"kind": kind, **record, "task": task, "phase": self.phase, "seconds/update": seconds})
         if stats.quarantined:
             self.quarantined += 1
@@ -161,6 +173,59 @@ class Session:
             return step.trajectory
         assert self.rounds is not None
         return self.rounds.trajectory(step.trajectory, phase=step.phase)
+
+    def start_again(self) -> None:
+        """Back to the base, with nothing learned; the next task is learned as if it were the only one."""
+        with self.interrupt.protected():
+            self.updates_before += self.learner.version
+            self.tokens_before += self.learner.tokens
+            assert self.start is not None
+            self.learner.rollback(self.start)
+            if self.experiment.canaries is not None:
+                self.experiment.canaries.restart_()
+            self.position += 1
+        self._save()
+
+    def begin_task(self, step: BeginTask) -> None:
+        """Methods hear that a task begins."""
+        with self.interrupt.protected():
+            start = time.perf_counter()
+            self.learner.begin_task(step.task, upcoming=step.upcoming)
+            self._log_methods("begin", step.task, time.perf_counter() - start)
+            self.position += 1
+
+    def end_task(self, step: EndTask) -> None:
+        """What waits is learned, and methods hear that a task ends."""
+        self._flush_learner(step.task)
+        trajectories = [self._learned(*each) for each in step.learned]
+        with self.interrupt.protected():
+            start = time.perf_counter()
+            done, stopped = _unless_stopped(partial(self.learner.end_task, step.task, trajectories))
+            seconds = time.perf_counter() - start
+            for stats in done if isinstance(done, tuple) else (done,):
+                self._record(stats, step.task)
+                seconds -= stats.seconds
+            self.stopped = None if stopped is None else str(stopped)
+            if stopped is None:
+                self._log_methods("end", step.task, seconds)
+                self.position += 1
+        if stopped is not None:
+            raise stopped
+
+    def _learned(self, phase: int, trajectory: Trajectory | Planned) -> Trajectory:
+        if isinstance(trajectory, Trajectory):
+            return trajectory
+        assert self.rounds is not None
+        return self.rounds.trajectory(trajectory, phase=phase)
+
+    def _log_methods(self, when: str, task: str, seconds: float) -> None:
+        """What the methods need, where a task begins or ends."""
+        costs = {f"methods/{name}/{key}": value for name, cost in self._costs().items() for key, value in cost.items()}
+        self._log({"kind": "methods", "when": when, "task": task, **costs, "seconds/methods": seconds})
+
+    def _costs(self) -> dict[str, dict[str, int]]:
+        """Method -> bytes stored now, and tokens read beside the updates' own."""
+        return {name: asdict(cost) for name, cost in self.learner.cost().items()}
 
     def memorize(self) -> None:
         """One step of the memory's training."""
@@ -192,7 +257,7 @@ class Session:
         with self.interrupt.protected():
             start = time.perf_counter()
             assert self.experiment.canaries is not None
-            reading = self.experiment.canaries.score(self.experiment.adapter.model)
+            reading = self.experiment.canaries.score(self.experiment.adapter.model, self._answering())
             seconds = time.perf_counter() - start
             self._log({"kind": "canaries", **reading.record(), "seconds/canaries": seconds})
             self.ledger.note("canaries", reading.record())
@@ -202,16 +267,38 @@ class Session:
         """One row of R, and the state on disk."""
         self._flush_learner(row)
         start = time.perf_counter()
-        scores = self.experiment.material.board.score(self.experiment.adapter.model)
+        scores = self.experiment.material.board.score(self.experiment.adapter.model, self._answering())
         with self.interrupt.protected():
             self.matrix = self.matrix.with_row(row, scores)
             self.matrix.save(self.folder.path / "R.json")
-            values = dict(zip(self.matrix.columns, self.matrix.values[-1].tolist(), strict=True))
-            record = {f"R/{column}": value for column, value in values.items()}
+            record = task_end_record(self.matrix, general=self.experiment.material.general)
+            if self.experiment.adapter.spans():
+                record["constraint/leak"] = self._leak()["leak"]
+            record |= self._sample(row)
             seconds = time.perf_counter() - start
             self._log({"kind": "evaluation", "row": row, **record, "seconds/evaluation": seconds})
             self.position += 1
         self._save()
+
+    def _sample(self, row: str) -> dict[str, float]:
+        """Replies to a few held-out prompts, kept as a table with the KL of each token to the base model."""
+        wanted, heldout = self.experiment.config.tracking.samples, self.experiment.material.heldout
+        chat = self.learner.student.chat
+        prompts = sample_prompts(chat, heldout.get(row) or next(iter(heldout.values()), ()), wanted)
+        generator = derived_generator(self.experiment.config.seed, row, "samples")
+        drawn = sample_completions(self.experiment.adapter, chat, prompts, generator=generator)
+        if not drawn:
+            return {}
+        self.samples += [sample.row(row) for sample in drawn]
+        self.tracker.table("samples", COLUMNS, self.samples)
+        return {"samples/mean_kl": sum(sample.mean_kl for sample in drawn) / len(drawn)}
+
+    def _answering(self) -> Any:
+        """How questions are answered with the run's methods; None where none of them has a say."""
+        answering, segments = self.learner.answering(), self.experiment.material.segments
+        if answering.plain:
+            return None
+        return SegmentedAnswering(answering, segments) if segments else answering
 
     def _flush_learner(self, task: str) -> None:
         """The step of experiences that wait for others, so that what is scored has learned from all of them."""
@@ -233,16 +320,20 @@ class Session:
             self.learner.save_adapter(path / "adapter")
             if self.learner.memory is not None:
                 save_memory(self.learner.memory, path / "memory")
-            features = self.experiment.adapter.report(20).to_dicts()
-            if features:
+            adapter = self.experiment.adapter
+            if adapter.spans() and (features := adapter.report(20).to_dicts()):
                 self.tracker.table("features", list(features[0]), [list(row.values()) for row in features])
             self.tracker.table("R", ("row", "column", "score"), _long(self.matrix))
             self._flush()
-            for picture in draw_plots(path).values():
+            pictures = draw_plots(path)
+            for picture in pictures.values():
                 self.tracker.image(f"plots/{picture.stem}", picture)
             summary = self._summary()
+            if len(self.matrix.rows) > 1:
+                card = card_table(report_card(path, summary=summary).to_dict())
+                self.tracker.table("report_card", card.columns, card.rows)
             self.tracker.finish(summary)
-            write_report(path, summary=summary)
+            write_report(path, summary=summary, pictures=pictures)
             self._close()
             write_json(path / "summary.json", summary)  # the last of all: with it, the run is finished
         return RunResult.load(path)
@@ -258,17 +349,18 @@ class Session:
             "config_digest": config.digest,
             **{key: self.experiment.facts[key] for key in ("model_digest", "stream_digest", "directions_digest")},
             "measure": matrix.measure,
-            "metrics": without_columns(matrix, material.probes).metrics().to_dict(),
+            "metrics": _metrics(without_columns(matrix, material.probes), alone=config.stream.setting == "alone"),
             "probes": {column: _last(matrix, column) for column in material.probes},
             "delta_norm": adapter.delta_norm(),
             "trained_parameters": sum(parameter.numel() for parameter in adapter.parameters()),
-            "leak": self._leak(),
-            "updates": self.learner.version,
-            "tokens": self.learner.tokens,
+            "leak": self._leak() if adapter.spans() else None,
+            "updates": self.updates_before + self.learner.version,
+            "tokens": self.tokens_before + self.learner.tokens,
             "tokens_left_out": self.left_out,
             "quarantined": self.quarantined,
             **({"alarms": self.learner.guard.alarms} if self.learner.guard is not None else {}),
             **({"memory": self._memory()} if self.learner.memory is not None else {}),
+            **({"methods": self._costs()} if self.learner.methods else {}),
         }
 
     def _memory(self) -> dict[str, Any]:
@@ -291,14 +383,15 @@ class Session:
     # --- records and state
 
     def _log(self, record: Mapping[str, Any]) -> None:
-        self.tracker.log({**record, TOKENS_SEEN: self.learner.tokens}, self.learner.version)
+        tokens = self.tokens_before + self.learner.tokens
+        self.tracker.log({**record, TOKENS_SEEN: tokens}, self.updates_before + self.learner.version)
 
     def _open_trackers(self, history: Sequence[Mapping[str, Any]]) -> Trackers:
         config, path = self.experiment.config, self.folder.path
         self.metrics = JsonlTracker(path / "metrics.jsonl")
-        names = WandbRun(config.tracking.project, config.study, str(config.arm), config.seed, config.to_dict())
-        wandb = open_wandb(path, names, mode=config.tracking.wandb, history=history)
-        return Trackers(self.metrics, *([wandb] if wandb else []))
+        names, wanted = RunNames.of(config.to_dict()), config.tracking
+        others = open_backends(path, names, wandb=wanted.wandb, backends=wanted.backends, history=history)
+        return Trackers(self.metrics, *others)
 
     def _flush(self) -> None:
         self.metrics.flush(sync=True)
@@ -348,6 +441,7 @@ class Session:
             setattr(self, name, session[name])
         if (state / "R.json").is_file():
             self.matrix = ScoreMatrix.load(state / "R.json")
+        self.samples = [row for row in read_rows(self.folder.path, "samples") if row[0] in self.matrix.rows]
         if self.experiment.memorizing is not None:
             self.experiment.memorizing.restore_(state / MEMORY)
         self.learner.reconfigure(**self.experiment.phases[self.phase])  # says which teachers the state is asked for
@@ -381,6 +475,17 @@ def _unless_stopped(update: Callable[[], T]) -> tuple[T | UpdateStats, Stopped |
         if stopped.stats is None:
             raise
         return stopped.stats, stopped
+
+
+def _metrics(matrix: ScoreMatrix, *, alone: bool) -> dict[str, float]:
+    """The metrics of a stream; of tasks that were learned apart, those that do not speak of what came before."""
+    found = matrix.metrics().to_dict()
+    if not alone:
+        return found
+    kept = {"learning_accuracy", "tasks", "probes", "missing"}
+    general = matrix.values[:, matrix.n_tasks :] * (-1.0 if matrix.measure == "nll" else 1.0)
+    change = float((general[1:] - general[:1]).mean()) if general.size else math.nan
+    return {name: value if name in kept else math.nan for name, value in found.items()} | {"general_change": change}
 
 
 def _last(matrix: ScoreMatrix, column: str) -> float:

@@ -9,7 +9,8 @@ import pytest
 
 # From top to bottom; a module may import from its own line and from below. `errors` and `files` are the ground.
 HOUSE = (
-    "__main__", "cli", "cli_ledger", "studies", "run", "session", "plan", "build", "learning", "methods", "objectives",
+    "__main__", "cli", "cli_ledger", "cli_report", "cli_study", "studies", "run", "session", "plan", "build",
+    "learning", "methods", "objectives",
     "evaluation", "tracking", "adapters", "memory", "lab", "features", "streams", "models", "subspace", "config",
     "files", "errors",
 )  # fmt: skip
@@ -20,8 +21,12 @@ OWNERS = {
     "transformer_lens": {"features/"},
     "peft": {"adapters/"},
     "matplotlib": {"tracking/", "studies/"},
-    "typer": {"cli.py", "cli_ledger.py"},
+    "typer": {"cli.py", "cli_ledger.py", "cli_report.py", "cli_study.py"},
     "submitit": {"studies/"},
+    "lm_eval": {"evaluation/harness.py"},
+    "bm25s": {"methods/bm25.py"},
+    "tensorboard": {"tracking/tensorboard.py"},
+    "trackio": {"tracking/trackio.py"},
 }
 PACKAGE = Path(__file__).resolve().parents[1] / "featcl"
 FILES = sorted(PACKAGE.rglob("*.py"))

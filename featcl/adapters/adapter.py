@@ -92,6 +92,10 @@ class ConstrainedAdapter(ABC):
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         """The trained tensors with their names, in a fixed order."""
 
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The trained tensors by name, live and in a fixed order; `coordinates` copies them."""
+        return dict(self._named())
+
     def parameters(self) -> list[nn.Parameter]:
         """The trained tensors, in a fixed order: hand them to an optimizer."""
         return [parameter for _, parameter in self._named()]

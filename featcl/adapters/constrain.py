@@ -9,15 +9,25 @@ from torch import nn
 
 from featcl.adapters.adapter import DEFAULT_NAME, ConstrainedAdapter, check_name
 from featcl.adapters.change import Remainder, check_remainder
+from featcl.adapters.full import constrain_full
 from featcl.adapters.hook_adapter import constrain_hooks
 from featcl.adapters.hook_plan import HOOK_KINDS
 from featcl.adapters.lora import attach
 from featcl.adapters.lora_adapter import LoraAdapter, Request, peft_model_of
-from featcl.adapters.plan import KINDS, check_layers, is_whole, plan_sites
+from featcl.adapters.mixture import constrain_mixture
+from featcl.adapters.osf import constrain_osf
+from featcl.adapters.plan import KINDS, check_directions, check_layers, default_layers, is_whole, plan_sites
 from featcl.adapters.sets import DirectionSet
 from featcl.adapters.training import check_training
 from featcl.errors import FeatclError
-from featcl.models import inner_model
+from featcl.models import inner_model, residual_map
+
+# Rivals that are bounded by no features, and what they have no use for.
+FREE_KINDS = {
+    "full": ("rank", "modules", "protect", "gate", "alpha", "training", "preserved", "experts", "top"),
+    "osf": ("rank", "modules", "protect", "gate", "alpha", "training", "experts", "top"),
+    "mixture": ("protect", "gate", "alpha", "training", "preserved"),
+}
 
 
 def constrain(
@@ -36,6 +46,9 @@ def constrain(
     alpha: float | None = None,
     penalty: float = 1.0,
     remainder: Remainder = "keep",
+    preserved: int | float | None = None,
+    experts: int | None = None,
+    top: int | None = None,
     name: str = DEFAULT_NAME,
     seed: int = 0,
 ) -> ConstrainedAdapter:
@@ -49,12 +62,13 @@ def constrain(
         model: A model whose residual map is known; PEFT replaces its linears in place, the hook kinds leave it whole.
         directions: One set, or one per layer. `.vectors` (decoder rows) bound writers, `.readers` (encoder columns,
             else `.vectors`) bound readers.
-        kind: `write`, `read`, `both`, `residual`, `gated`, `shift`, `scale`, or `none`, plain LoRA on the modules of
-            `both`.
+        kind: `write`, `read`, `both`, `residual`, `gated`, `shift`, `scale`; or a rival: `none`, plain LoRA on the
+            modules of `both`, `mixture`, LoRA experts chosen token by token, `full`, the weights themselves, or `osf`,
+            their low singular part.
         rank: None is k. A smaller one moves in `rank` fixed random combinations of inputs (or outputs); `shift` and
-            `scale` have none.
+            `scale` have none. Of an expert, None is 8.
         layers: Blocks to adapt. None: the block of the hook and the n_layers // 3 before it, or the mapping's keys; a
-            hook kind acts at its sets' own hooks only.
+            hook kind acts at its sets' own hooks only; all blocks for `full`.
         modules: Short names to keep, such as `down_proj`; all of the kind by default; a hook kind has none.
         protect: What must stay untouched: a `Subspace`, rows, or directions; or a mapping with `write` and `read`.
         gate: For `gated`, the features whose activations trigger, where `directions` are a control without any.
@@ -67,6 +81,8 @@ def constrain(
         penalty: Strength of ‖the part of ΔW outside the span‖² in the loss, with training `penalty`.
         remainder: What `change_directions` does with what the new span cannot hold: `keep` moves it to a second, frozen
             LoRA (or frozen updates at the hook), `drop` leaves it out.
+        preserved: Largest singular directions that `osf` keeps of each weight: how many, or a share of all; None: half.
+        experts, top: Of `mixture`: experts per linear, and how many act on a token; None: 4 and 2.
         name: Of this adapter; a model can hold several, all active unless switched off.
         seed: Of random factors; `none` and ranks below k have some.
 
@@ -79,6 +95,17 @@ def constrain(
             that protecting would bound; an argument of another type.
     """
     _check_arguments(rank, layers, near_dependent, remainder)
+    free = {"preserved": preserved, "experts": experts, "top": top}
+    if kind in FREE_KINDS:
+        given = {"rank": rank, "modules": modules, "protect": protect, "gate": gate, "alpha": alpha, **free}
+        given |= {"training": None if training == "coordinates" else training}
+        if unused := next((name for name in FREE_KINDS[kind] if given[name] is not None), None):
+            raise FeatclError(f"kind {kind!r} is bounded by no features and has no use for {unused}")
+        own = {name: value for name, value in given.items() if value is not None}
+        return _constrain_free(model, directions, kind=kind, layers=layers, own=own, name=name, seed=seed)
+    if unused := next((name for name, value in free.items() if value is not None), None):
+        right = "osf" if unused == "preserved" else "mixture"
+        raise FeatclError(f"kind {kind!r} has no use for {unused}, which belongs to {right}")
     if kind in HOOK_KINDS:
         if modules is not None:
             raise FeatclError(f"kind {kind!r} changes the residual stream, so it has no modules to choose")
@@ -98,7 +125,8 @@ def constrain(
             name=name,
         )
     if kind not in KINDS:
-        raise FeatclError(f"adapter kind {kind!r} is not available: there is {', '.join([*KINDS, *HOOK_KINDS])}")
+        there = ", ".join([*KINDS, *HOOK_KINDS, *FREE_KINDS])
+        raise FeatclError(f"adapter kind {kind!r} is not available: there is {there}")
     if gate is not None:
         raise FeatclError(f"kind {kind!r} takes no gate: only `gated` is triggered by features' own activations")
     request = Request(
@@ -114,6 +142,23 @@ def constrain(
     return _constrain_lora(
         model, directions, kind=kind, rank=rank, layers=layers, name=name, training=training, request=request
     )
+
+
+def _constrain_free(
+    model: nn.Module, directions: Any, *, kind: str, layers: Sequence[int] | None, own: dict[str, Any], name: str,
+    seed: int,
+) -> ConstrainedAdapter:  # fmt: skip
+    """The rivals without features; directions say only which blocks, and of `full` not even that."""
+    if kind == "full":
+        return constrain_full(model, layers=layers, name=name)
+    check_directions(model, directions)
+    if layers is None and isinstance(directions, Mapping):
+        layers = sorted(int(layer) for layer in directions)
+    elif layers is None:
+        layers = default_layers(int(directions.layer), residual_map(model).n_layers)
+    if kind == "osf":
+        return constrain_osf(model, layers=layers, name=name, **own)
+    return constrain_mixture(model, layers=layers, name=name, seed=seed, **own)
 
 
 def _check_arguments(rank: Any, layers: Any, near_dependent: Any, remainder: Any) -> None:

@@ -109,6 +109,8 @@ class FeatureMap:
     @torch.no_grad()
     def of(cls, adapter: Any) -> FeatureMap:
         """The map of an adapter's present directions; what it keeps frozen from earlier ones is left out."""
+        if not adapter.spans():  # a rival that is bounded by no features
+            return cls(())
         make = {LoraSite: _lora_site, HookedBlock: _hook_site}
         return cls(tuple(make[type(site)](site) for site in adapter.sites))
 

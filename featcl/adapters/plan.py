@@ -109,7 +109,7 @@ def _sets_by_layer(
             raise FeatclError(f"layer {layer} lies above the hook of its directions, at the output of block {hook}")
     if layers is None:
         top = max(given)
-        wanted = list(given) if isinstance(directions, Mapping) else _default_layers(top, residual.n_layers)
+        wanted = list(given) if isinstance(directions, Mapping) else default_layers(top, residual.n_layers)
     else:
         wanted = sorted({int(layer) for layer in layers})
     if not wanted:
@@ -124,7 +124,7 @@ def _sets_by_layer(
     return found
 
 
-def _default_layers(top: int, n_layers: int) -> list[int]:
+def default_layers(top: int, n_layers: int) -> list[int]:
     """Block L of the SAE and the ⌊n_layers/3⌋ before it."""
     return list(range(max(0, top - n_layers // 3), top + 1))
 

@@ -12,6 +12,7 @@ import torch
 from featcl.adapters import ConstrainedAdapter, constrain
 from featcl.build.directions import directions_of
 from featcl.build.memory import memory_of, training_of
+from featcl.build.methods import methods_of
 from featcl.build.stream import acting_rounds, check_suites, material_of
 from featcl.build.watching import denoising_of, guard_of, weigher_of
 from featcl.config import LearnerConfig, RunConfig
@@ -56,12 +57,13 @@ class Experiment:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def build(config: RunConfig, *, quarantine: str | Path | None = None) -> Experiment:
+def build(config: RunConfig, *, quarantine: str | Path | None = None, files: Path | None = None) -> Experiment:
     """Load, select, constrain: every object of a run, at its start.
 
     Args:
         config: The run's.
         quarantine: Where malformed lines of a stream that is not strict go.
+        files: Folder in which methods have files of their own; None: in a temporary place.
 
     Raises:
         FeatclError: Whatever cannot be found, read or combined, in one line.
@@ -73,6 +75,7 @@ def build(config: RunConfig, *, quarantine: str | Path | None = None) -> Experim
         declare_residual_map_(model, config.adapter.residual_map)
     chat = Chat(tokenizer)
     material = material_of(config, model, chat, length=min(max_context(model), LONGEST), quarantine=quarantine)
+    methods = methods_of(config, material, chat, folder=files)
     facts = {"model_digest": model_digest(model), "stream_digest": material.digest}
     directions, gates, modules = directions_of(config, model, tokenizer, material, facts["model_digest"])
     learners = config.phases or (config.learner,)
@@ -93,6 +96,9 @@ def build(config: RunConfig, *, quarantine: str | Path | None = None) -> Experim
         alpha=config.adapter.alpha,
         penalty=config.adapter.penalty,
         remainder=config.adapter.remainder,
+        preserved=config.adapter.preserved,
+        experts=config.adapter.experts,
+        top=config.adapter.top,
         seed=config.seed,
     )
     # what they compare with is the base model: before a trained memory is attached
@@ -104,6 +110,7 @@ def build(config: RunConfig, *, quarantine: str | Path | None = None) -> Experim
         tokenizer,
         adapter,
         **phases[0],
+        methods=methods,
         weigher=weigher_of(config, material, memory),
         denoising=denoising_of(config, model, tokenizer, material, directions),
         guard=guard,

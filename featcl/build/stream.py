@@ -11,7 +11,9 @@ from featcl.config import ActingConfig, DocumentsConfig, RunConfig
 from featcl.errors import FeatclError
 from featcl.evaluation.acting import acting_material
 from featcl.evaluation.material import Material, file_material, lab_material, suite_columns
+from featcl.evaluation.segments import in_segments
 from featcl.lab import acting
+from featcl.lab.pairs import with_pairs
 from featcl.lab.streams import load_stream
 from featcl.learning import Learner
 from featcl.learning.acting import Rounds
@@ -32,7 +34,14 @@ def check_suites(config: RunConfig) -> None:
 
 
 def material_of(config: RunConfig, model: Any, chat: Chat, *, length: int, quarantine: str | Path | None) -> Material:
-    """The stream of the config, graded or from files."""
+    """The stream of the config, graded or from files, in its setting."""
+    setting = config.stream.setting
+    material = _material_of(config, model, chat, length=length, quarantine=quarantine)
+    return in_segments(material, setting) if setting in ("domain", "joint") else material
+
+
+def _material_of(config: RunConfig, model: Any, chat: Chat, *, length: int, quarantine: str | Path | None) -> Material:
+    """Task by task."""
     stream, canaries = config.stream, config.evaluation.canaries
     suites = suite_columns(config.evaluation.suites)
     items = None if canaries is None else canaries.items
@@ -50,6 +59,7 @@ def material_of(config: RunConfig, model: Any, chat: Chat, *, length: int, quara
             garbage=stream.garbage,
             tasks=stream.tasks,
         )
+        lab = with_pairs(lab, seed=config.seed) if stream.pairs else lab
         return lab_material(lab, chat, suites=suites, canary_items=items, limit=stream.limit)
 
     def reject(trajectory: Trajectory, error: FeatclError) -> None:

@@ -18,7 +18,8 @@ from featcl.lab.streams import LabStream
 from featcl.lab.tasks import LabTask
 from featcl.streams import Chat
 from featcl.streams.acting import ActingSettings, act
-from featcl.streams.environments import Planned
+from featcl.streams.environments import Planned, Step
+from featcl.streams.messages import Message
 
 AT_ONCE = 48  # held-out episodes that are played together
 
@@ -39,18 +40,51 @@ class ActingBoard:
         self._chat, self._tasks, self._settings = chat, tuple(tasks), replace(settings, temperature=0.0)
         self._general = GradedBoard(chat, columns)
 
-    def score(self, model: nn.Module) -> dict[str, dict[str, float]]:
-        """Column -> episode or item -> reward or grade."""
-        return {task.name: self._rewards(model, task) for task in self._tasks} | self._general.score(model)
+    def score(self, model: nn.Module, answering: Any = None) -> dict[str, dict[str, float]]:
+        """Column -> episode or item -> reward or grade; by what an episode opens with, methods answer in all of it."""
+        rewards = {task.name: self._rewards(model, task, answering) for task in self._tasks}
+        return rewards | self._general.score(model, answering)
 
     def targets(self, item: str) -> tuple[Targeted, ...]:
         """Of graded items alone: an episode has no right answer whose likelihood could be asked for."""
         return self._general.targets(item)
 
-    def _rewards(self, model: nn.Module, task: ActingTask) -> dict[str, float]:
-        environments = [task.make() for _ in task.held_out[:AT_ONCE]]
-        played = act(model, self._chat, environments, task.held_out, settings=self._settings)
-        return {f"{task.name}/{seed}": float(t.reward or 0.0) for seed, t in zip(task.held_out, played, strict=True)}
+    def _rewards(self, model: nn.Module, task: ActingTask, answering: Any) -> dict[str, float]:
+        if answering is None:
+            rewards = self._played(model, task, task.held_out)
+        else:
+            openings = task.openings(task.held_out)
+            rewards = {}
+            for places, state in answering.grouped(openings, [task.name] * len(openings)):
+                with state:
+                    rewards |= self._played(model, task, [task.held_out[place] for place in places], answering)
+        return {f"{task.name}/{seed}": rewards[seed] for seed in task.held_out}
+
+    def _played(
+        self, model: nn.Module, task: ActingTask, seeds: Sequence[int], answering: Any = None
+    ) -> dict[int, float]:
+        """Seed -> reward of its episode."""
+        environments: list[Any] = [task.make() for _ in seeds[:AT_ONCE]]
+        if answering is not None:
+            environments = [_Asked(environment, answering, task.name) for environment in environments]
+        played = act(model, self._chat, environments, seeds, settings=self._settings)
+        return {seed: float(t.reward or 0.0) for seed, t in zip(seeds, played, strict=True)}
+
+
+class _Asked:
+    """An environment that opens with what methods put in front."""
+
+    def __init__(self, environment: Any, answering: Any, task: str) -> None:
+        self.environment, self.answering, self.task = environment, answering, task
+        self.tools = environment.tools
+
+    def reset(self, seed: int) -> tuple[Message, ...]:
+        """The opening as the model is asked it."""
+        return tuple(self.answering.asked(self.environment.reset(seed), self.task))
+
+    def step(self, reply: str) -> Step:
+        """As the environment does."""
+        return self.environment.step(reply)
 
 
 def acting_material(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
@@ -21,8 +23,14 @@ class Board(Protocol):
 
     measure: Measure
 
-    def score(self, model: nn.Module) -> dict[str, dict[str, float]]:
-        """Column -> item id -> score; a column without items is left out."""
+    def score(self, model: nn.Module, answering: Any = None) -> dict[str, dict[str, float]]:
+        """Column -> item id -> score; a column without items is left out.
+
+        Args:
+            model: A causal language model, adapted or not.
+            answering: How questions are answered with methods (`featcl.methods.answering.Answering`); None: as they
+                are asked, by the model as it is.
+        """
         ...
 
     def targets(self, item: str) -> tuple[Targeted, ...]:
@@ -46,9 +54,10 @@ class GradedBoard:
         self._places = [(column, item.id) for column, items in columns.items() for item in items]
         self._scorer = ItemScorer(chat, [item for items in columns.values() for item in items])
 
-    def score(self, model: nn.Module) -> dict[str, dict[str, float]]:
+    def score(self, model: nn.Module, answering: Any = None) -> dict[str, dict[str, float]]:
         scores: dict[str, dict[str, float]] = {}
-        for (column, item), right in zip(self._places, self._scorer.score(model), strict=True):
+        found = self._scorer.score(model, answering, tasks=[column for column, _ in self._places])
+        for (column, item), right in zip(self._places, found, strict=True):
             scores.setdefault(column, {})[item] = float(right)
         return scores
 
@@ -56,36 +65,88 @@ class GradedBoard:
         return (self._scorer.replies[_place(self._places, item)],)
 
 
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Held-out text as methods see it.
+
+    Attributes:
+        question: What is asked first, as messages: by it a method knows what stands in front and which adapter answers.
+        windows: From what is asked in the place of the question to the windows; None for raw text, in front of which
+            nothing stands.
+    """
+
+    question: Sequence[Any]
+    windows: Callable[[Sequence[Any]], Sequence[Targeted]] | None = None
+
+
 class LikelihoodBoard:
     """Held-out text: nats per target token of each trajectory or document, lower is better.
 
     Args:
         columns: Column -> item id -> the windows of that item.
+        held: Column -> item id -> the same as methods see it; needed where methods answer.
     """
 
     measure: Measure = "nll"
 
-    def __init__(self, columns: Mapping[str, Mapping[str, Sequence[Targeted]]]) -> None:
+    def __init__(
+        self,
+        columns: Mapping[str, Mapping[str, Sequence[Targeted]]],
+        *,
+        held: Mapping[str, Mapping[str, Held]] | None = None,
+    ) -> None:
         self._items = [(column, item, tuple(w)) for column, items in columns.items() for item, w in items.items()]
         if not self._items:
             raise FeatclError("nothing is held out: the stream needs at least two trajectories of a source")
+        self._held = held or {}
 
-    def score(self, model: nn.Module) -> dict[str, dict[str, float]]:
-        nlls = iter(heldout_nll(model, [window for _, _, windows in self._items for window in windows]))
+    def score(self, model: nn.Module, answering: Any = None) -> dict[str, dict[str, float]]:
+        if answering is None:
+            values = _nlls(model, [windows for _, _, windows in self._items])
+        else:
+            values = self._answered(model, answering)
         scores: dict[str, dict[str, float]] = {}
-        for column, item, windows in self._items:
-            scores.setdefault(column, {})[item] = weighted_nll([next(nlls) for _ in windows], windows)
+        for (column, item, _), value in zip(self._items, values, strict=True):
+            scores.setdefault(column, {})[item] = value
         return scores
+
+    def _answered(self, model: nn.Module, answering: Any) -> list[float]:
+        """The same with methods."""
+        held = [self._held[column][item] for column, item, _ in self._items]
+        asked = [self._asked(place, each, answering) for place, each in enumerate(held)]
+        values = [math.nan] * len(held)
+        for places, state in answering.grouped(
+            [each.question for each in held], [column for column, _, _ in self._items]
+        ):
+            with state:
+                found = _nlls(model, [asked[place] for place in places])
+            for place, value in zip(places, found, strict=True):
+                values[place] = value
+        return values
+
+    def _asked(self, place: int, held: Held, answering: Any) -> Sequence[Targeted]:
+        """The windows of an item with what methods put in front."""
+        if held.windows is None:
+            return self._items[place][2]
+        asked = answering.asked(held.question, self._items[place][0])
+        return self._items[place][2] if asked is held.question else held.windows(asked)
 
     def targets(self, item: str) -> tuple[Targeted, ...]:
         return self._items[_place([(column, name) for column, name, _ in self._items], item)][2]
+
+
+def _nlls(model: nn.Module, items: Sequence[Sequence[Targeted]]) -> list[float]:
+    """Nats per target token of each item, over all its windows."""
+    nlls = iter(heldout_nll(model, [window for windows in items for window in windows]))
+    return [weighted_nll([next(nlls) for _ in windows], windows) for windows in items]
 
 
 def without_columns(matrix: ScoreMatrix, left_out: Sequence[str]) -> ScoreMatrix:
     """The same matrix without some of its columns that are not tasks, such as probes that should change."""
     kept = tuple(column for column in matrix.columns if column not in left_out)
     items = {column: items for column, items in matrix.items.items() if column in kept}
-    return ScoreMatrix(kept, matrix.n_tasks, matrix.measure, matrix.rows, items)
+    chance = {column: value for column, value in matrix.chance.items() if column in kept}
+    return ScoreMatrix(kept, matrix.n_tasks, matrix.measure, matrix.rows, items, chance=chance)
 
 
 def _place(places: Sequence[tuple[str, str]], item: str) -> int:

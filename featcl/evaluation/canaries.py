@@ -5,8 +5,8 @@ The curves are descriptive. A fixed set is looked at again and again, so no alar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,6 +74,7 @@ class Canaries:
         suites: Name -> items of general ability.
         windows: Source -> encoded text to learn from, where there are no graded items.
         background: Name -> encoded text that should stay as likely as it was.
+        questions: Name -> what each text opens with, as messages: by it methods know which adapter answers.
         batch_tokens: Padded tokens per forward.
 
     Raises:
@@ -89,11 +90,14 @@ class Canaries:
         suites: Mapping[str, Sequence[Item]] | None = None,
         windows: Mapping[str, Sequence[Targeted]] | None = None,
         background: Mapping[str, Sequence[Targeted]] | None = None,
+        questions: Mapping[str, Sequence[Sequence[Any]]] | None = None,
         batch_tokens: int = 4096,
     ) -> None:
         self.chat = chat
         self.batch_tokens = batch_tokens
+        self._questions = questions or {}
         self._sequences: list[Targeted] = []
+        self._items: list[Item | None] = []
         self._ids: list[str] = []
         self._groups: list[_Group] = []
         for task in dict.fromkeys(item.task for item in items):
@@ -105,13 +109,24 @@ class Canaries:
         for name, texts in (background or {}).items():
             self._add_group(name, texts, general=True)
         self._check()
-        self._base = [batch.logits for batch in target_batches(model, self._sequences, batch_tokens=batch_tokens)]
+        self._base: list[torch.Tensor] = [torch.empty(0)] * len(self._sequences)  # logits of each sequence
+        for batch in target_batches(model, self._sequences, batch_tokens=batch_tokens):
+            places, counts = batch.owner.unique_consecutive(return_counts=True)
+            for place, logits in zip(places.tolist(), batch.logits.split(counts.tolist()), strict=True):
+                self._base[place] = logits
         self._base_right, _, score = self._measure(model)
-        self._best = {name: value for name, value in score.items() if not self._group(name).general}
+        self._first = {name: value for name, value in score.items() if not self._group(name).general}
+        self._best = dict(self._first)
 
-    def score(self, model: nn.Module) -> CanaryReading:
-        """Score the canaries now, and remember each task's best score for its forgetting."""
-        right, sums, score = self._measure(model)
+    def score(self, model: nn.Module, answering: Any = None) -> CanaryReading:
+        """Score the canaries now, and remember each task's best score for its forgetting.
+
+        Args:
+            model: The model as it is now.
+            answering: How questions are answered with methods (`featcl.methods.answering.Answering`); nothing stands in
+                front of text. None: as they are asked, by the model as it is.
+        """
+        right, sums, score = self._measure(model, answering)
         self._best = {name: max(best, score[name]) for name, best in self._best.items()}
         loss, kl = self._by_kind(sums)
         lost = [name for name, was, now in zip(self._ids, self._base_right, right, strict=True) if was and not now]
@@ -124,6 +139,10 @@ class Canaries:
             right_to_wrong=tuple(lost),
             wrong_to_right=tuple(won),
         )
+
+    def restart_(self) -> None:
+        """The model is the base model again: nothing has been learned that could be forgotten."""
+        self._best = dict(self._first)
 
     def state_dict(self) -> dict[str, float]:
         """What a resumed run needs to repeat itself: each task's best score so far."""
@@ -142,6 +161,7 @@ class Canaries:
     def _add_items(self, name: str, items: Sequence[Item], *, general: bool) -> None:
         self._add_group(name, [encode_item(self.chat, item) for item in items], general=general, graded=True)
         self._ids[-len(items) :] = [item.id for item in items]
+        self._items[-len(items) :] = items
 
     def _add_group(self, name: str, texts: Sequence[Targeted], *, general: bool, graded: bool = False) -> None:
         if not texts:
@@ -149,6 +169,7 @@ class Canaries:
         start = len(self._sequences)
         self._groups.append(_Group(name, general, graded, start, start + len(texts)))
         self._sequences += texts
+        self._items += [None] * len(texts)
         self._ids += [f"{name}#{index}" for index in range(len(texts))]
 
     def _check(self) -> None:
@@ -163,12 +184,12 @@ class Canaries:
     def _group(self, name: str) -> _Group:
         return next(group for group in self._groups if group.name == name)
 
-    def _measure(self, model: nn.Module) -> tuple[list[bool], torch.Tensor, dict[str, float]]:
+    def _measure(self, model: nn.Module, answering: Any = None) -> tuple[list[bool], torch.Tensor, dict[str, float]]:
         """Right or wrong per sequence, its sums (loss, KL, tokens), and the score of each group."""
         right = torch.ones(len(self._sequences), dtype=torch.bool)
         sums = torch.zeros(len(self._sequences), 3, dtype=torch.float64)
-        batches = target_batches(model, self._sequences, batch_tokens=self.batch_tokens)
-        for batch, base in zip(batches, self._base, strict=True):
+        for batch in self._batches(model, answering):
+            base = torch.cat([self._base[place] for place in batch.owner.unique_consecutive().tolist()])
             sums.index_add_(0, batch.owner, _loss_and_kl(batch, base).cpu())
             right[batch.owner[~agreement(batch, self.chat.stop_ids).cpu()]] = False
         score = {}
@@ -180,6 +201,38 @@ class Canaries:
             if not group.graded:
                 right[group.start : group.stop] = False  # text is neither right nor wrong, so it cannot flip
         return right.tolist(), sums, score
+
+    def _batches(self, model: nn.Module, answering: Any) -> Iterator[TargetBatch]:
+        """All sequences, as they are asked and by the adapter that answers them."""
+        if answering is None:
+            yield from target_batches(model, self._sequences, batch_tokens=self.batch_tokens)
+            return
+        questions, tasks = self._asking()
+        sequences = [self._asked(place, answering, task) for place, task in enumerate(tasks)]
+        for places, state in answering.grouped(questions, tasks):
+            with state:
+                asked = [sequences[place] for place in places]
+                for batch in target_batches(model, asked, batch_tokens=self.batch_tokens):
+                    yield replace(batch, owner=torch.tensor(places)[batch.owner])
+
+    def _asking(self) -> tuple[list[Sequence[Any]], list[str]]:
+        """What each sequence asks, and the task or suite that it is of."""
+        questions: list[Sequence[Any]] = []
+        tasks: list[str] = []
+        for group in self._groups:
+            for place in range(group.start, group.stop):
+                item = self._items[place]
+                questions.append(self._questions[group.name][place - group.start] if item is None else item.messages)
+                tasks.append(group.name)
+        return questions, tasks
+
+    def _asked(self, place: int, answering: Any, task: str) -> Targeted:
+        """A sequence with what methods put in front."""
+        item = self._items[place]
+        asked = () if item is None else answering.asked(item.messages, task)
+        if item is None or asked is item.messages:
+            return self._sequences[place]
+        return encode_item(self.chat, replace(item, messages=tuple(asked)))
 
     def _by_kind(self, sums: torch.Tensor) -> tuple[dict[str, float], dict[str, float]]:
         loss, kl = {}, {}

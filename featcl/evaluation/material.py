@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from featcl.errors import FeatclError
-from featcl.evaluation.board import Board, GradedBoard, LikelihoodBoard
+from featcl.evaluation.board import Board, GradedBoard, Held, LikelihoodBoard
 from featcl.evaluation.scoring import encode_item, lasting_items
 from featcl.features import read_texts
 from featcl.features.provenance import LINE_WORDS, Digests, text_blocks, text_digests, without_overlap
@@ -37,6 +38,7 @@ class Task:
 
     name: str
     trajectories: tuple[Trajectory | Planned, ...]  # planned: an episode that the model plays when it is due
+    domain: str = ""  # of a lab task its application, of a file's the source
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Material:
         unseen: Digests of what is taught and scored: no feature is selected on it.
         digest: Of everything that is taught.
         heldout: Trajectories by task that are never learned from, like those that are.
+        sources: What methods may rehearse or retain, by name: `instructions` (conversations) and `pretraining` (texts).
+        segments: Task -> the segment of which it is a part, where several tasks are learned as one.
     """
 
     tasks: tuple[Task, ...]
@@ -68,6 +72,8 @@ class Material:
     unseen: Digests
     digest: str
     heldout: Mapping[str, Sequence[Trajectory]] = field(default_factory=dict)
+    sources: Mapping[str, Sequence[Trajectory]] = field(default_factory=dict)
+    segments: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -110,7 +116,7 @@ def lab_material(
     taught = {task.name: lasting_items(task.items, n_tasks) for task in stream.tasks}
     probes = {probe.name: lasting_items(probe.items, n_tasks) for probe in stream.probes}
     return Material(
-        tasks=tuple(Task(task.name, task.trajectories[:limit]) for task in stream.tasks),
+        tasks=tuple(Task(task.name, task.trajectories[:limit], task.application) for task in stream.tasks),
         probes=tuple(probes),
         general=tuple(suites),
         board=GradedBoard(chat, {**taught, **probes, **suites}),
@@ -126,12 +132,23 @@ def lab_material(
         unseen=_unseen(chat, [*_taught(stream.tasks), *_asked(stream, suites)]),
         digest=stream.digest,
         heldout={task: tuple(_as_trajectory(task, item) for item in items) for task, items in taught.items() if items},
+        sources=_sources([_as_text(messages) for messages in stream.background], conversations=stream.background),
     )
 
 
 def _as_trajectory(task: str, item: Item) -> Trajectory:
     """A graded question with its answer, as it would be if it were taught."""
     return Trajectory(f"heldout/{task}/{item.id}", source="heldout", task=task, messages=tuple(_answered(item)))
+
+
+def _sources(texts: Sequence[str], *, conversations: Sequence[Sequence[Any]] = ()) -> dict[str, tuple[Trajectory, ...]]:
+    """What methods may rehearse or retain: conversations and texts like those that the base model was trained on."""
+    kinds = {"instructions": [{"messages": tuple(messages)} for messages in conversations],
+             "pretraining": [{"text": text} for text in texts]}  # fmt: skip
+    return {
+        name: tuple(Trajectory(f"{name}/{number}", source=name, **each) for number, each in enumerate(said))
+        for name, said in kinds.items()
+    }
 
 
 def _item_canaries(taught: Columns, suites: Columns, count: int) -> dict[str, Any]:
@@ -192,25 +209,35 @@ def file_material(
     if not groups:
         raise FeatclError("the stream holds no trajectory that can be learned from")
     splits = {name: split_source(group, holdout=holdout, calibration=calibration) for name, group in groups.items()}
+    encode = partial(encode_trajectory, chat=chat, max_length=length, mask=mask, max_windows=HELDOUT_WINDOWS)
     taught = {source: split.train[:limit] for source, split in splits.items()}
     heldout = {source: {t.id: windows[t.id] for t in split.heldout} for source, split in splits.items()}
-    selecting, scored, heldout_blocks = _background(background, chat, length=length)
+    selecting, texts, heldout_blocks = _background(background)
+    scored = {
+        column: {item: cut_windows(chat.encode_text(block), max_length=length, start=chat.start_id).windows
+                 for item, block in blocks.items()}
+        for column, blocks in texts.items()
+    }  # fmt: skip
     answers = {name: {item.id: [encode_item(chat, item)] for item in items} for name, items in (suites or {}).items()}
+    seen = {source: {t.id: _held(t, encode) for t in split.heldout} for source, split in splits.items()}
+    seen |= {column: {item: _held_text(block) for item, block in blocks.items()} for column, blocks in texts.items()}
+    seen |= {name: {item.id: _held_item(item, chat) for item in items} for name, items in (suites or {}).items()}
     unseen = _unseen_in_files(chat, splits, scored=heldout_blocks, suites=suites or {})
     calibrating = [_ids_of(chat, t) for split in splits.values() for t in split.calibration]
     stream = without_overlap(calibrating, unseen, chat.tokenizer)  # repeats of what is taught or scored are left out
     return Material(
-        tasks=tuple(Task(source, trajectories) for source, trajectories in taught.items()),
+        tasks=tuple(Task(source, trajectories, source) for source, trajectories in taught.items()),
         probes=(),
         general=(*scored, *answers),
-        board=LikelihoodBoard({**heldout, **scored, **answers}),
-        canaries={} if canary_items is None else _window_canaries(heldout, scored, canary_items),
+        board=LikelihoodBoard({**heldout, **scored, **answers}, held=seen),
+        canaries={} if canary_items is None else _window_canaries(heldout, scored, seen, canary_items),
         calibration={"stream": stream, "background": without_overlap(selecting, unseen, chat.tokenizer)},
         plain_background=tuple(selecting),
         probe_texts=(stream or [_ids_of(chat, t) for t in next(iter(taught.values()))])[:PROBE_TEXTS],
         unseen=unseen,
         digest=digest_json([[name, [t.to_record() for t in found]] for name, found in taught.items()]),
         heldout={source: tuple(split.heldout) for source, split in splits.items()},
+        sources=_sources(selecting),
     )
 
 
@@ -232,23 +259,42 @@ def _encodable(
     return windows
 
 
-def _background(
-    paths: Sequence[str], chat: Chat, *, length: int
-) -> tuple[list[str], dict[str, dict[str, list[Encoded]]], list[str]]:
-    """Background files in blocks: those to select on, column -> item -> windows of those to score, and these blocks."""
+def _background(paths: Sequence[str]) -> tuple[list[str], dict[str, dict[str, str]], list[str]]:
+    """Background files in blocks: those to select on, column -> item -> block of those to score, and these blocks."""
     selecting: list[str] = []
     kept: list[str] = []
-    columns: dict[str, dict[str, list[Encoded]]] = {}
+    columns: dict[str, dict[str, str]] = {}
     for path in paths:
         before, held_out = split_background(path)
         selecting += before
         kept += held_out[:BACKGROUND_ITEMS]
         name = f"background/{Path(path).name.split('.')[0]}"
-        columns[name] = {
-            f"{name}/{index}": cut_windows(chat.encode_text(block), max_length=length, start=chat.start_id).windows
-            for index, block in enumerate(held_out[:BACKGROUND_ITEMS], start=len(before))
-        }
+        scored = enumerate(held_out[:BACKGROUND_ITEMS], start=len(before))
+        columns[name] = {f"{name}/{index}": block for index, block in scored}
     return selecting, {name: items for name, items in columns.items() if items}, kept
+
+
+def _held(trajectory: Trajectory, encode: Callable[..., Any]) -> Held:
+    """A held-out trajectory as methods see it: they see no reply of it, and what they put in front is no target."""
+    if trajectory.text is not None:
+        return _held_text(trajectory.text)
+    said = trajectory.messages
+    first = next((place for place, message in enumerate(said) if message["role"] == "assistant"), len(said))
+
+    def windows(asked: Sequence[Any]) -> Sequence[Encoded]:
+        front = tuple(message if message in said[:first] else {**message, "weight": 0} for message in asked)
+        messages = (*front, *said[first:])
+        return encode(replace(trajectory, messages=messages, token_ids=None, token_mask=None, logprobs=None)).windows
+
+    return Held(said[:first], windows)
+
+
+def _held_text(text: str) -> Held:
+    return Held(({"role": "user", "content": text},))
+
+
+def _held_item(item: Item, chat: Chat) -> Held:
+    return Held(item.messages, lambda asked: [encode_item(chat, replace(item, messages=tuple(asked)))])
 
 
 def split_background(path: str) -> tuple[list[str], list[str]]:
@@ -259,15 +305,20 @@ def split_background(path: str) -> tuple[list[str], list[str]]:
 
 
 def _window_canaries(
-    heldout: Mapping[str, Mapping[str, Sequence[Encoded]]], background: Mapping[str, Any], count: int
+    heldout: Mapping[str, Mapping[str, Sequence[Encoded]]],
+    background: Mapping[str, Any],
+    held: Mapping[str, Mapping[str, Held]],
+    count: int,
 ) -> dict[str, Any]:
     """The first window of about `count` held-out items, spread evenly over the columns."""
     columns = {name: items for name, items in {**heldout, **background}.items() if items}
     each = max(1, count // max(1, len(columns)))
-    first = {name: [windows[0] for windows in list(items.values())[:each]] for name, items in columns.items()}
+    chosen = {name: list(items)[:each] for name, items in columns.items()}
+    first = {name: [columns[name][item][0] for item in items] for name, items in chosen.items()}
     return {
         "windows": {name: first[name] for name in heldout if name in first},
         "background": {name: first[name] for name in background if name in first},
+        "questions": {name: [held[name][item].question for item in items] for name, items in chosen.items()},
     }
 
 

@@ -6,16 +6,20 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from featcl.errors import FeatclError
+from featcl.evaluation.itemscores import ItemScores
 from featcl.evaluation.metrics import StreamMetrics, column_forgetting, stream_metrics
+from featcl.evaluation.paired import chance_adjusted
 from featcl.files import write_text
 
 Measure = Literal["accuracy", "nll"]
+HEAD = ("measure", "columns", "n_tasks", "rows", "chance")  # keys of R.json before the values
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class ScoreMatrix:
         n_tasks: How many of the columns are tasks.
         measure: `accuracy` (items are right or wrong) or `nll` (nats per token, lower is better).
         rows: "base", then the name of each task trained so far.
-        items: For each column, item id -> one score per row (NaN where it was not measured).
+        items: For each column, item id -> one score per row (NaN where it was not measured); kept as arrays.
+        chance: Column -> the score of guessing, for columns where that is known.
     """
 
     columns: tuple[str, ...]
@@ -45,17 +50,49 @@ class ScoreMatrix:
     measure: Measure = "accuracy"
     rows: tuple[str, ...] = ()
     items: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
+    chance: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(set(self.columns)) != len(self.columns):
             raise FeatclError(f"the columns of R must have different names, not {list(self.columns)}")
         if not 0 <= self.n_tasks <= len(self.columns):
             raise FeatclError(f"R cannot have {self.n_tasks} task columns out of {len(self.columns)}")
+        unknown = [name for name in (*self.items, *self.chance) if name not in self.columns]
+        if unknown:
+            raise FeatclError(f"{unknown[0]!r} is no column of R; columns: {', '.join(self.columns)}")
+        object.__setattr__(self, "items", {column: self._as_scores(column) for column in self.columns})
+
+    def _as_scores(self, column: str) -> ItemScores:
+        try:
+            return ItemScores.of(self.items.get(column, {}), rows=len(self.rows))
+        except FeatclError as error:
+            raise FeatclError(f"column {column!r} of R: {error}") from error
 
     @property
     def values(self) -> np.ndarray:
         """[rows, columns] mean item scores; NaN where a column was not measured in a row."""
-        return np.array([[self._mean(column, row) for column in self.columns] for row in range(len(self.rows))])
+        return self._values.copy()
+
+    @cached_property
+    def _values(self) -> np.ndarray:
+        means = [self.scores(column).means for column in self.columns]
+        return np.stack(means, axis=1) if means else np.empty((len(self.rows), 0))
+
+    def scores(self, column: str) -> ItemScores:
+        """The items of a column with their scores as one `.array` [rows, items]."""
+        scores = self.items[column]
+        assert isinstance(scores, ItemScores)
+        return scores
+
+    @property
+    def chance_adjusted(self) -> np.ndarray:
+        """[rows, columns] values with guessing at 0 and all right at 1; NaN where the chance is not known.
+
+        Raises:
+            FeatclError: If the scores are not right or wrong.
+        """
+        self._require_accuracy("chance")
+        return chance_adjusted(self._values, [self.chance.get(column, math.nan) for column in self.columns])
 
     def with_row(self, name: str, scores: Mapping[str, Mapping[str, float]]) -> ScoreMatrix:
         """A new matrix with one more row.
@@ -75,6 +112,12 @@ class ScoreMatrix:
         items = {column: self._extended(column, name, scores.get(column)) for column in self.columns}
         return replace(self, rows=(*self.rows, name), items=items)
 
+    def _extended(self, column: str, row: str, scores: Mapping[str, float] | None) -> ItemScores:
+        try:
+            return self.scores(column).with_row(scores)
+        except FeatclError as error:
+            raise FeatclError(f"row {row!r} of R, column {column!r}: {error}") from error
+
     def metrics(self, *, reference: Sequence[float] | None = None) -> StreamMetrics:
         """`stream_metrics` of the rows so far; of the negative values for `nll`, so that higher is better.
 
@@ -85,11 +128,11 @@ class ScoreMatrix:
         if trained > self.n_tasks:
             raise FeatclError(f"R has {trained} rows after the base's for {self.n_tasks} tasks; each task has one")
         kept = [*range(trained), *range(self.n_tasks, len(self.columns))]
-        return stream_metrics(self._higher_is_better()[:, kept], reference=reference)
+        return stream_metrics(self.higher_is_better[:, kept], reference=reference)
 
     def forgetting(self, row: int = -1) -> dict[str, float]:
         """Column -> max over all earlier rows minus this one (positive = forgotten), tasks and probes alike."""
-        lost = column_forgetting(self._higher_is_better(), row % len(self.rows))
+        lost = column_forgetting(self.higher_is_better, row % len(self.rows))
         return {column: float(lost[j]) for j, column in enumerate(self.columns)}
 
     def flips(self, before: int = 0, after: int = -1) -> tuple[Flips, ...]:
@@ -98,9 +141,17 @@ class ScoreMatrix:
         Raises:
             FeatclError: If the scores are not right or wrong.
         """
-        if self.measure != "accuracy":
-            raise FeatclError(f"flips need items that are right or wrong; this matrix holds {self.measure}")
-        return tuple(self._column_flips(column, before, after) for column in self.columns if self.items.get(column))
+        self._require_accuracy("flips")
+        return tuple(self._column_flips(column, before, after) for column in self.columns if self.items[column])
+
+    def _column_flips(self, column: str, before: int, after: int) -> Flips:
+        scores = self.scores(column)
+        was, now = scores.array[before], scores.array[after]
+
+        def named(which: np.ndarray) -> tuple[str, ...]:
+            return tuple(scores.ids[place] for place in np.flatnonzero(which))
+
+        return Flips(column, named(was > now), named(was < now), int((was == now).sum()))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; NaN is null."""
@@ -110,12 +161,8 @@ class ScoreMatrix:
             "n_tasks": self.n_tasks,
             "rows": list(self.rows),
             "values": [[_plain(value) for value in row] for row in self.values.tolist()],
-            "items": {
-                column: {
-                    item: [_plain(value) for value in scores] for item, scores in self.items.get(column, {}).items()
-                }
-                for column in self.columns
-            },
+            **({"chance": dict(self.chance)} if self.chance else {}),
+            "items": {column: _plain_items(self.scores(column)) for column in self.columns},
         }
 
     def save(self, path: str | Path) -> None:
@@ -132,55 +179,30 @@ class ScoreMatrix:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-            items = {
-                column: {item: tuple(_number(value) for value in scores) for item, scores in rows.items()}
-                for column, rows in data["items"].items()
-            }
-            matrix = cls(tuple(data["columns"]), data["n_tasks"], data["measure"], tuple(data["rows"]), items)
-            stored = np.array([[_number(value) for value in row] for row in data["values"]])
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            parts = (tuple(data["columns"]), data["n_tasks"], data["measure"], tuple(data["rows"]), data["items"])
+            stored = np.array(data["values"], dtype=float).reshape(len(data["rows"]), len(data["columns"]))
+            matrix = cls(*parts, data.get("chance", {}))
+        except FeatclError as error:
+            raise FeatclError(f"{path}: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FeatclError(f"{path}: not a score matrix ({type(error).__name__}: {error})") from error
-        matrix._check(path, stored)
+        if not np.allclose(stored, matrix.values, rtol=0, atol=1e-9, equal_nan=True):
+            raise FeatclError(f"{path}: the values are not the means of the items' scores; one of the two was edited")
         return matrix
 
-    def _check(self, path: str | Path, stored: np.ndarray) -> None:
-        for column, rows in self.items.items():
-            for item, scores in rows.items():
-                if len(scores) != len(self.rows):
-                    raise FeatclError(
-                        f"{path}: item {item!r} of {column!r} has {len(scores)} scores for {len(self.rows)} rows"
-                    )
-        if not np.allclose(stored.reshape(len(self.rows), -1), self.values, rtol=0, atol=1e-9, equal_nan=True):
-            raise FeatclError(f"{path}: the values are not the means of the items' scores; one of the two was edited")
+    def _require_accuracy(self, what: str) -> None:
+        if self.measure != "accuracy":
+            raise FeatclError(f"{what}: items that are right or wrong are needed; this matrix holds {self.measure}")
 
-    def _higher_is_better(self) -> np.ndarray:
+    @property
+    def higher_is_better(self) -> np.ndarray:
+        """The values, negative for `nll`."""
         return -self.values if self.measure == "nll" else self.values
 
-    def _mean(self, column: str, row: int) -> float:
-        known = [scores[row] for scores in self.items.get(column, {}).values() if not math.isnan(scores[row])]
-        return sum(known) / len(known) if known else math.nan
 
-    def _extended(self, column: str, row: str, scores: Mapping[str, float] | None) -> dict[str, tuple[float, ...]]:
-        past = self.items.get(column, {})
-        if scores is None:
-            return {item: (*values, math.nan) for item, values in past.items()}
-        if past and set(past) != set(scores):
-            odd = sorted(set(past) ^ set(scores))[0]
-            where = "new in" if odd in scores else "missing from"
-            raise FeatclError(f"item {odd!r} of {column!r} is {where} row {row!r} of R; every row needs the same items")
-        blank = (math.nan,) * len(self.rows)
-        return {item: (*past.get(item, blank), float(scores[item])) for item in (past or scores)}
-
-    def _column_flips(self, column: str, before: int, after: int) -> Flips:
-        lost, won, unchanged = [], [], 0
-        for item, scores in self.items[column].items():
-            if scores[before] > scores[after]:
-                lost.append(item)
-            elif scores[before] < scores[after]:
-                won.append(item)
-            else:
-                unchanged += not (math.isnan(scores[before]) or math.isnan(scores[after]))
-        return Flips(column, tuple(lost), tuple(won), unchanged)
+def _plain_items(scores: ItemScores) -> dict[str, list[float | int | None]]:
+    rows = ([_plain(value) for value in values] for values in scores.to_lists())
+    return dict(zip(scores.ids, rows, strict=True))
 
 
 def _plain(value: float) -> float | int | None:
@@ -190,17 +212,13 @@ def _plain(value: float) -> float | int | None:
     return int(value) if value in (0.0, 1.0) else value
 
 
-def _number(value: float | int | None) -> float:
-    return math.nan if value is None else float(value)
-
-
 def _layout(data: dict[str, Any]) -> str:
     """JSON with one line per matrix row and per item, so that a diff of two R.json files can be read."""
 
     def line(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
-    head = [f"  {line(key)}: {line(data[key])}," for key in ("measure", "columns", "n_tasks", "rows")]
+    head = [f"  {line(key)}: {line(data[key])}," for key in HEAD if key in data]
     values = ",\n".join(f"    {line(row)}" for row in data["values"])
     columns = []
     for column, items in data["items"].items():

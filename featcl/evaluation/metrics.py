@@ -3,19 +3,22 @@
 R is (T+1, T+probes): row 0 is the base model, row i the model after task i; columns 1..T are the tasks in the order
 in which they were trained, the rest are probes that are never trained (the general suite). Scores are "higher is
 better": pass the negative of a log-likelihood loss. A missing cell is NaN: the task concerned leaves that mean.
+
+`metric_arrays` computes the same for many matrices at once, as a bootstrap needs it.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
+from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 from featcl.errors import FeatclError
 from featcl.tracking.names import FORMULAS
 
-__all__ = ["FORMULAS", "StreamMetrics", "column_forgetting", "stream_metrics"]
+__all__ = ["FORMULAS", "StreamMetrics", "column_forgetting", "known_mean", "metric_arrays", "stream_metrics"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class StreamMetrics:
         intransigence: mean_j reference[j] - R[j, j]; positive = harder to learn than for the reference. Chaudhry et
             al. 2018, eq. 4. NaN without a reference.
         general_change: mean over probes of R[T, p] - R[0, p]; negative = general ability lost.
-        first_task_survival: R[T, 1] / R[1, 1].
+        first_task_survival: R[T, 1] / R[1, 1]; NaN where R[1, 1] is not positive, since only then is it a share.
         tasks: T.
         probes: Number of columns that are never trained.
         missing: Number of NaN cells in R.
@@ -73,7 +76,7 @@ def stream_metrics(R: ArrayLike, *, reference: ArrayLike | None = None) -> Strea
         reference: Scores of single-task or joint training, one per task (further entries are ignored).
 
     Returns:
-        The metrics; formulas in the fields' documentation and in `FORMULAS`.
+        The metrics; formulas and sources in the fields' documentation, formulas also in `FORMULAS`.
 
     Raises:
         FeatclError: If R is not two-dimensional, has no trained task or fewer columns than tasks, or the reference
@@ -81,34 +84,58 @@ def stream_metrics(R: ArrayLike, *, reference: ArrayLike | None = None) -> Strea
     """
     scores = _matrix(R)
     n_tasks = scores.shape[0] - 1
+    found = metric_arrays(scores, reference=reference)
+    counts = {"tasks": n_tasks, "probes": scores.shape[1] - n_tasks, "missing": int(np.isnan(scores).sum())}
+    return StreamMetrics(**{name: float(value) for name, value in found.items()}, **counts)
+
+
+def metric_arrays(
+    scores: Float[np.ndarray, "*batch rows columns"], *, reference: ArrayLike | None = None
+) -> dict[str, Float[np.ndarray, "*batch"]]:
+    """The metrics of `StreamMetrics`, without its counts, for one matrix or many of the same form.
+
+    Args:
+        scores: As R in `stream_metrics`, after any leading axes.
+        reference: As in `stream_metrics`.
+
+    Returns:
+        Name -> one number per matrix.
+
+    Raises:
+        FeatclError: As `stream_metrics`.
+    """
+    n_tasks = scores.shape[-2] - 1
     if n_tasks < 1:
         raise FeatclError(f"R has shape {scores.shape}; it needs the base model's row and a row for each trained task")
-    if scores.shape[1] < n_tasks:
-        raise FeatclError(f"R has {n_tasks} trained tasks but {scores.shape[1]} columns; each needs its own")
-    tasks, probes = scores[:, :n_tasks], scores[:, n_tasks:]
-    learned = np.array([tasks[j + 1, j] for j in range(n_tasks)])
-    ahead = np.array([tasks[j, j] - tasks[0, j] for j in range(1, n_tasks)])
-    since = np.array([_max(tasks[j + 1 : n_tasks, j]) for j in range(n_tasks - 1)])
-    final = tasks[n_tasks]
-    earlier = slice(0, n_tasks - 1)
-    bwt = _mean(final[earlier] - learned[earlier])
-    return StreamMetrics(
-        acc=_mean(final),
-        bwt=bwt,
-        fwt=_mean(ahead),
-        forgetting_max_past=_mean(_column_max(tasks[:n_tasks, earlier]) - final[earlier]),
-        forgetting_chaudhry=_mean(_column_max(tasks[1:n_tasks, earlier]) - final[earlier]),
-        forgetting_since_learned=_mean(since - final[earlier]),
-        forgetting_mammoth=_mean(_column_max(tasks[1:, earlier]) - final[earlier]),
-        forgetting_avalanche=-bwt,
-        learning_accuracy=_mean(learned),
-        intransigence=_mean(_reference(reference, n_tasks) - learned),
-        general_change=_mean(probes[-1] - probes[0]),
-        first_task_survival=float(final[0] / learned[0]) if learned[0] else float("nan"),
-        tasks=n_tasks,
-        probes=probes.shape[1],
-        missing=int(np.isnan(scores).sum()),
-    )
+    if scores.shape[-1] < n_tasks:
+        raise FeatclError(f"R has {n_tasks} trained tasks but {scores.shape[-1]} columns; each needs its own")
+    tasks, probes = scores[..., :n_tasks], scores[..., n_tasks:]
+    order = np.arange(n_tasks)
+    base, final = tasks[..., 0, :], tasks[..., -1, :]
+    before, learned = tasks[..., order, order], tasks[..., order + 1, order]  # R[j-1, j] and R[j, j]
+    past = tasks[..., :-1, :]  # rows 0..T-1
+    since = np.where(np.arange(n_tasks)[:, None] > order, past, np.nan)  # only rows j..T-1 of column j
+    bwt = known_mean((final - learned)[..., :-1])
+
+    def forgetting(rows: np.ndarray) -> np.ndarray:
+        return known_mean((_column_max(rows) - final)[..., :-1])
+
+    found = {
+        "acc": known_mean(final),
+        "bwt": bwt,
+        "fwt": known_mean((before - base)[..., 1:]),
+        "forgetting_max_past": forgetting(past),
+        "forgetting_chaudhry": forgetting(past[..., 1:, :]),
+        "forgetting_since_learned": forgetting(since),
+        "forgetting_mammoth": forgetting(tasks[..., 1:, :]),
+        "forgetting_avalanche": -bwt,
+        "learning_accuracy": known_mean(learned),
+        "intransigence": known_mean(_reference(reference, n_tasks) - learned),
+        "general_change": known_mean(probes[..., -1, :] - probes[..., 0, :]),
+        "first_task_survival": _share(final[..., 0], learned[..., 0]),
+    }
+    assert set(found) == {field.name for field in fields(StreamMetrics)} - {"tasks", "probes", "missing"}
+    return found
 
 
 def column_forgetting(R: ArrayLike, row: int) -> np.ndarray:
@@ -122,6 +149,14 @@ def column_forgetting(R: ArrayLike, row: int) -> np.ndarray:
     if not 0 <= row < scores.shape[0]:
         raise FeatclError(f"R has rows 0 to {scores.shape[0] - 1}, there is no row {row}")
     return _column_max(scores[:row]) - scores[row]
+
+
+def known_mean(values: Float[np.ndarray, "*batch n"]) -> Float[np.ndarray, "*batch"]:
+    """Mean over the last axis of what is not NaN; NaN where nothing is known."""
+    unknown = np.isnan(values)
+    count = values.shape[-1] - unknown.sum(axis=-1)
+    total = np.where(unknown, 0.0, values).sum(axis=-1)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _matrix(R: ArrayLike) -> np.ndarray:
@@ -145,18 +180,13 @@ def _reference(reference: ArrayLike | None, n_tasks: int) -> np.ndarray:
     return values[:n_tasks]
 
 
-def _mean(values: np.ndarray) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else float("nan")
-
-
-def _max(values: np.ndarray) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.max()) if known.size else float("nan")
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    positive = whole > 0
+    return np.where(positive, part / np.where(positive, whole, 1.0), np.nan)
 
 
 def _column_max(values: np.ndarray) -> np.ndarray:
     """Maximum of each column over the cells that are known; NaN where none is."""
     filled = np.where(np.isnan(values), -np.inf, values)
-    highest = filled.max(axis=0, initial=-np.inf)
+    highest = filled.max(axis=-2, initial=-np.inf)
     return np.where(np.isneginf(highest), np.nan, highest)

@@ -37,7 +37,11 @@ class RunResult:
         path = Path(path)
         if not (path / "summary.json").is_file():
             raise FeatclError(f"{path}: no summary.json; this run has not finished")
-        return cls(path, ScoreMatrix.load(path / "R.json"), json.loads((path / "summary.json").read_text("utf-8")))
+        try:
+            summary = json.loads((path / "summary.json").read_text("utf-8"))
+        except ValueError as error:
+            raise FeatclError(f"{path / 'summary.json'}: not JSON ({error})") from error
+        return cls(path, ScoreMatrix.load(path / "R.json"), summary)
 
     def print(self) -> None:
         """Scores before and after, the metrics with their formulas, and where the report lies; to standard output."""

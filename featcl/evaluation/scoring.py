@@ -8,7 +8,7 @@ is not word for word the answer is generated and graded for what it means.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,28 +47,59 @@ class ItemScorer:
         self.batch_tokens = batch_tokens
         self.replies = [encode_item(chat, item) for item in self.items]
 
-    def score(self, model: nn.Module) -> list[bool]:
-        """Whether the greedy reply to each item is right, in the order of the items."""
-        right = word_for_word(model, self.replies, stop_ids=self.chat.stop_ids, batch_tokens=self.batch_tokens)
-        unsure = [index for index, item in enumerate(self.items) if item.grader == "code" and not right[index]]
-        for index, reply in zip(unsure, self._generate(model, unsure), strict=True):
-            right[index] = grade(self.items[index], reply)
+    def score(self, model: nn.Module, answering: Any = None, *, tasks: Sequence[str] | None = None) -> list[bool]:
+        """Whether the greedy reply to each item is right, in the order of the items.
+
+        Args:
+            model: A causal language model, adapted or not.
+            answering: How questions are answered with methods (`featcl.methods.answering.Answering`); None: as they
+                are asked, by the model as it is.
+            tasks: Where each item comes from, for methods that are told; None: its own task.
+        """
+        if answering is None:
+            return self._right(model, range(len(self.items)), self.replies)
+        known = [item.task for item in self.items] if tasks is None else list(tasks)
+        replies = self.asked(answering, known)
+        right = [False] * len(self.items)
+        for places, state in answering.grouped([item.messages for item in self.items], known):
+            with state:
+                found = self._right(model, places, [replies[place] for place in places])
+            for place, value in zip(places, found, strict=True):
+                right[place] = value
         return right
 
-    def _generate(self, model: nn.Module, indices: Sequence[int]) -> list[str]:
+    def asked(self, answering: Any, tasks: Sequence[str]) -> list[Reply]:
+        """Every item as the model is asked it, with what methods put in front."""
+        found = []
+        for item, reply, task in zip(self.items, self.replies, tasks, strict=True):
+            messages = answering.asked(item.messages, task)
+            same = messages is item.messages
+            found.append(reply if same else encode_item(self.chat, replace(item, messages=tuple(messages))))
+        return found
+
+    def _right(self, model: nn.Module, places: Sequence[int], replies: Sequence[Reply]) -> list[bool]:
+        """Of the items at these places, as they are asked."""
+        right = word_for_word(model, replies, stop_ids=self.chat.stop_ids, batch_tokens=self.batch_tokens)
+        unsure = [n for n, place in enumerate(places) if self.items[place].grader == "code" and not right[n]]
+        said = self._generate(model, [replies[n] for n in unsure])
+        for n, reply in zip(unsure, said, strict=True):
+            right[n] = grade(self.items[places[n]], reply)
+        return right
+
+    def _generate(self, model: nn.Module, replies: Sequence[Reply]) -> list[str]:
         """Greedy replies, in batches of prompts of like length; twice the right answer's length is room enough."""
         from featcl.streams.rollouts import generate
 
         texts: dict[int, str] = {}
-        order = sorted(indices, key=lambda index: len(self.replies[index].prompt))
-        lengths = {index: sum(self.replies[index].loss_mask) for index in indices}
+        order = sorted(range(len(replies)), key=lambda index: len(replies[index].prompt))
+        lengths = {index: sum(reply.loss_mask) for index, reply in enumerate(replies)}
         pad = self.chat.tokenizer.pad_token_id
         while order:
-            longest = len(self.replies[order[-1]].prompt) + 2 * max(lengths.values()) + 8
+            longest = len(replies[order[-1]].prompt) + 2 * max(lengths.values()) + 8
             batch, order = order[: max(1, self.batch_tokens // longest)], order[max(1, self.batch_tokens // longest) :]
             rollout = generate(
                 model,
-                [self.replies[index].prompt for index in batch],
+                [replies[index].prompt for index in batch],
                 max_new_tokens=2 * max(lengths[index] for index in batch) + 8,
                 temperature=0.0,
                 stop_ids=self.chat.stop_ids,
@@ -76,7 +107,7 @@ class ItemScorer:
                 generator=None,
             )
             texts |= {i: self.chat.decode_reply(ids) for i, ids in zip(batch, rollout.token_ids, strict=True)}
-        return [texts[index] for index in indices]
+        return [texts[index] for index in range(len(replies))]
 
 
 def score_items(model: nn.Module, chat: Any, items: Sequence[Item], *, batch_tokens: int = 4096) -> list[bool]:

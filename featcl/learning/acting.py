@@ -20,6 +20,7 @@ from typing import Any
 
 from featcl.errors import FeatclError
 from featcl.files import write_text
+from featcl.learning.asked import as_said, asked_environments
 from featcl.learning.randomness import derived_generator
 from featcl.objectives.advantages import with_group_rewards
 from featcl.streams.acting import ActingSettings, act
@@ -52,19 +53,21 @@ def act_now(
     Raises:
         FeatclError: For an unknown setting, or what `act` refuses.
     """
-    chosen = _settings(learner, settings)
+    chosen, answering = _settings(learner, settings), learner.answering()
     name = hashlib.sha256(json.dumps([source, list(seeds)]).encode("utf-8", "surrogatepass")).hexdigest()
-    played = act(
-        learner.student.scorer.causal,
-        learner.student.chat,
-        environments,
-        seeds,
-        settings=chosen,
-        generator=derived_generator(learner.seed, name, f"{purpose}/{learner.version}"),
-        source=source,
-        version=learner.version,
-    )
-    return with_group_rewards(played)
+    asked, openings = asked_environments(environments, answering)
+    with answering.around():
+        played = act(
+            learner.student.scorer.causal,
+            learner.student.chat,
+            asked,
+            seeds,
+            settings=chosen,
+            generator=derived_generator(learner.seed, name, f"{purpose}/{learner.version}"),
+            source=source,
+            version=learner.version,
+        )
+    return with_group_rewards([as_said(trajectory, openings) for trajectory in played])
 
 
 @dataclass

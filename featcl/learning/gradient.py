@@ -53,31 +53,37 @@ class Reading:
 
 
 @torch.enable_grad()
-def accumulate_gradient_(terms: Sequence[Term], experience: Experience, student: Student) -> Pass:
+def accumulate_gradient_(
+    terms: Sequence[Term],
+    experience: Experience,
+    student: Student,
+    *,
+    added: Sequence[Term] = (),
+    beside: Sequence[Experience] = (),
+) -> Pass:
     """Add the gradient of the loss times the experience's weight to the adapter's parameters, batch by batch.
 
-    The loss is Σ weight · mean over tokens.
+    The loss is Σ weight · mean over tokens: of all terms on the experience, of the objectives that read an experience
+    on those beside it, each with its own weight.
 
     Args:
         terms: The objectives; those that read the same batches share a forward pass.
         experience: What is learned from.
         student: The learning model.
+        added: Terms of methods; what they read of their own is neither counted as tokens nor part of the reference.
+        beside: What else is learned from in the same update.
     """
-    losses = {term.metric: 0.0 for term in terms}
-    loss, passes = 0.0, []
-    found = readings(terms, experience, student)
+    losses = {term.metric: 0.0 for term in (*terms, *added)}
+    measures: dict[str, float] = {}
+    found = readings([*terms, *added], experience, student)
     if not found and all(term.on_tokens for term in terms):
         names = ", ".join(term.name for term in terms)
         raise FeatclError(f"trajectory {experience.trajectory.id!r}: nothing to learn from, skipped by {names}")
-    for reading in found:
-        hidden = student.scorer.hidden(reading.batch)
-        passes.append((reading, hidden.detach()))
-        means = reading.means(hidden, student)
-        (experience.weight * reading.weighted(means)).backward()
-        for (term, _), mean in zip(reading.terms, torch.stack(means).tolist(), strict=True):
-            losses[term.metric] += mean
-            loss += term.weight * mean
-    for term in terms:
+    loss, passes = _backward_(found, experience, student, losses)
+    foreign = {id(term) for term in added}
+    passes = [pair for pair in passes if any(id(term) not in foreign for term, _ in pair[0].terms)]
+    tokens = sum(reading.batch.tokens for reading, _ in passes)
+    for term in (*terms, *added):
         if not term.on_tokens:
             value = term.objective.penalty(student)
             (term.weight * value).backward()
@@ -88,15 +94,47 @@ def accumulate_gradient_(terms: Sequence[Term], experience: Experience, student:
         outside.backward()
         losses["anchor/outside_span"] = outside.item()
         loss += outside.item()
+    if beside:
+        more, others = _beside_(terms, beside, student)
+        passes, loss = [*passes, *others], loss + more
+        measures = {"beside/experiences": float(len(beside)), "beside/loss": more}
     student.adapter.project_gradients_()
     return Pass(
         loss,
         losses,
         _norm(parameter.grad for parameter in student.adapter.parameters()),
-        sum(reading.batch.tokens for reading in found),
+        tokens,
         _reference(passes, experience, student),
-        {name: value for reading in found for name, value in getattr(reading.batch, "measures", {}).items()},
+        {name: value for reading in found for name, value in getattr(reading.batch, "measures", {}).items()} | measures,
     )
+
+
+def _backward_(
+    found: Sequence[Reading], experience: Experience, student: Student, losses: dict[str, float]
+) -> tuple[float, list[tuple[Reading, Tensor]]]:
+    """The gradient of what these readings make of an experience; Σ weight · mean, and each reading's hidden states."""
+    loss, passes = 0.0, []
+    for reading in found:
+        hidden = student.scorer.hidden(reading.batch)
+        passes.append((reading, hidden.detach()))
+        means = reading.means(hidden, student)
+        (experience.weight * reading.weighted(means)).backward()
+        for (term, _), mean in zip(reading.terms, torch.stack(means).tolist(), strict=True):
+            losses[term.metric] = losses.get(term.metric, 0.0) + mean
+            loss += term.weight * mean
+    return loss, passes
+
+
+def _beside_(
+    terms: Sequence[Term], beside: Sequence[Experience], student: Student
+) -> tuple[float, list[tuple[Reading, Tensor]]]:
+    """The gradient of the objectives that read an experience on each of these; Σ weight · loss, and what was read."""
+    of_experience = [term for term in terms if term.on_tokens and term.name != "recover"]
+    total, passes = 0.0, []
+    for each in beside:
+        loss, mine = _backward_(readings(of_experience, each, student), each, student, {})
+        total, passes = total + each.weight * loss, passes + mine
+    return total, passes
 
 
 def readings(terms: Sequence[Term], experience: Experience, student: Student) -> list[Reading]:

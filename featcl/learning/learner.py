@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from featcl.learning.denoising import Denoising
 from featcl.learning.guard import Guard, Stopped
 from featcl.learning.ledger import Ledger
 from featcl.learning.live import Live, acting_alone
+from featcl.learning.methods import Methods
 from featcl.learning.microbatch import SMALLEST, halving
 from featcl.learning.optimizers import build_optimizer, load_moments_, moments
 from featcl.learning.pending import Pending
@@ -27,10 +29,12 @@ from featcl.learning.running import Usual
 from featcl.learning.settings import Settings
 from featcl.learning.stats import UpdateStats
 from featcl.learning.talking import Talking
+from featcl.learning.tasks import Tasks, Told, begun_
 from featcl.learning.timings import Timings
 from featcl.learning.update import check_finite, learn_, learn_from_pending_
 from featcl.learning.versions import Snapshot, Versions, load_snapshot, load_versions, save_snapshot
 from featcl.learning.weighing import Weigher, Weight, as_weigher
+from featcl.methods.method import Method
 from featcl.models import max_context
 from featcl.objectives.build import Spec, build_terms
 from featcl.objectives.experience import Experience, Student
@@ -47,7 +51,7 @@ KEPT_VERSIONS = 8
 KEPT_REWARDS = 100  # whose mean is the baseline of `policy`
 
 
-class Learner(Talking):
+class Learner(Talking, Tasks):
     """Learns from one trajectory at a time; only the adapter's coordinates change.
 
     Args:
@@ -55,7 +59,7 @@ class Learner(Talking):
         tokenizer: Its tokenizer.
         adapter: What is trained, a `ConstrainedAdapter`.
         objective: A name, `{"name": …, "weight": …, …options}`, or a list of these.
-        methods: Continual-learning methods; none is available yet.
+        methods: Continual-learning methods, which act in this order; see `featcl.methods.method`.
         optimizer: `adamw`, `sgd`, `momentum` or `titans`.
         lr: Learning rate in coordinates.
         weight_decay: Decoupled; acts on the coordinates.
@@ -79,7 +83,8 @@ class Learner(Talking):
         seed: With a trajectory's id, decides all that is random.
 
     Raises:
-        FeatclError: For an unknown name, an option out of range, or a teacher with another vocabulary.
+        FeatclError: For an unknown name, an option out of range, a teacher with another vocabulary, or methods that
+            make no sense together or with this adapter.
     """
 
     def __init__(
@@ -89,7 +94,7 @@ class Learner(Talking):
         adapter: Any,
         *,
         objective: Spec = "sft",
-        methods: Sequence[Any] = (),
+        methods: Sequence[Method] = (),
         optimizer: str = "adamw",
         lr: float = 1e-3,
         weight_decay: float = 0.0,
@@ -110,8 +115,6 @@ class Learner(Talking):
         reward: Reward | None = None,
         seed: int = 0,
     ) -> None:
-        if methods:
-            raise FeatclError("Learner: methods is not available yet; leave it out")
         self.settings = Settings(
             objective, optimizer, lr, weight_decay, steps, max_kl_per_update, max_windows, mask, micro_batch, accumulate
         )
@@ -128,7 +131,9 @@ class Learner(Talking):
         self.version = self.tokens = self._halvings = 0
         self.rewards, self.pending, self._versions = Usual(KEPT_REWARDS), Pending(), Versions(KEPT_VERSIONS)
         self.reverts = Reverts()
+        self.methods, self.told = Methods(methods, self.view), Told()
         self._configure_(new_optimizer=True)
+        self.methods.refuse()
         self._versions.add_(self._snapshot())
         self._live = Live(self)
 
@@ -140,36 +145,34 @@ class Learner(Talking):
         """Learn from one trajectory: one bounded update, which becomes a version.
 
         In order: tokenise, weigh (and maybe quarantine), gradient in coordinates, optimizer step (as often as `steps`
-        says, or one for several experiences), trust region, version, ledger, guard. Whatever fails on the way, the
-        learner is left as it was before; where it is memory that fails, it tries again in smaller batches.
+        says, or one for several experiences), trust region, version, ledger, guard; methods act in between. Whatever
+        fails on the way, the learner is left as it was before; where it is memory that fails, it tries again in smaller
+        batches.
 
         Args:
             trajectory: Of text, all tokens are learned from; of a conversation, the turns that `mask` says.
 
         Returns:
-            What was measured; `quarantined` says why nothing was learned, where it was not.
+            What was measured; where nothing was learned, `quarantined` or `postponed` says why.
 
         Raises:
             FeatclError: If there is nothing to learn from, or loss, gradient or updated model is not finite.
             Stopped: If the guard stops; the update is a version then.
         """
-        timings, before, versions = Timings(), self._versions.last, self._versions.copy()
+        begun_(self, trajectory.task)
+        timings = Timings()
         experience, left_out = self._experience(trajectory)
-        try:
+        with self._whole() as before:
             with self.student.scorer.trunks_kept():
                 weight = self._weigh(experience, timings)
                 experience = replace(experience, weight=weight.value)
                 stats = self._unlearned(trajectory.id, trajectory.source, trajectory.task)
                 stats = replace(stats, tokens_left_out=left_out, weight=weight.value, quarantined=weight.reason)
-                stats = stats.with_measures({**weight.signals, **self._denoised(experience, weight, timings)})
-                if weight.reason is None:
+                stats = replace(stats, postponed=self._postponed_(experience, weight, timings))
+                stats = stats.with_measures({**weight.signals, **self._denoised(experience, stats, timings)})
+                if stats.learned:
                     stats = learn_(self, experience, stats, before=before, timings=timings)
             return self._accepted_(stats, experience, before=before, timings=timings)
-        except Stopped:
-            raise
-        except BaseException:
-            self._return_to_(versions)
-            raise
 
     @acting_alone
     @halving
@@ -181,15 +184,21 @@ class Learner(Talking):
         """
         if not self.pending:
             return None
-        timings, before, versions = Timings(), self._versions.last, self._versions.copy()
-        waiting = self.pending.entries
+        timings, waiting = Timings(), self.pending.entries
         stats = self._unlearned(*(waiting[-1][key] for key in ("id", "source", "task")))
         stats = replace(stats, loss=sum(entry["loss"] for entry in waiting) / len(waiting))
-        try:
+        with self._whole() as before:
             with self.student.scorer.trunks_kept():
                 stats = learn_from_pending_(self, stats, before=before, timings=timings)
             return self._accepted_(stats, None, before=before, timings=timings)
-        except Stopped:
+
+    @contextmanager
+    def _whole(self) -> Iterator[Snapshot]:
+        """A block that changes the learner as a whole or, where it fails, not at all; the version it starts from."""
+        versions = self._versions.copy()
+        try:
+            yield versions.last
+        except Stopped:  # after the change
             raise
         except BaseException:
             self._return_to_(versions)
@@ -222,9 +231,16 @@ class Learner(Talking):
         check_finite("its weight", weight.value, experience.trajectory.id, experience.trajectory.task)
         return weight
 
-    def _denoised(self, experience: Experience, weight: Weight, timings: Timings) -> dict[str, float]:
+    def _postponed_(self, experience: Experience, weight: Weight, timings: Timings) -> str | None:
+        """Why methods keep an experience and nothing is learned from it now, or None."""
+        if weight.reason is not None or not self.methods:
+            return None
+        with timings.part("methods"):
+            return self.methods.postpones_(experience)
+
+    def _denoised(self, experience: Experience, stats: UpdateStats, timings: Timings) -> dict[str, float]:
         """What the span does to the gradient, if it is time to look."""
-        new = weight.reason is None and not self.pending
+        new = stats.learned and not self.pending
         if self.denoising is None or not new or not self.denoising.due(self.version):
             return {}
         with timings.part("denoising"):
@@ -248,6 +264,9 @@ class Learner(Talking):
         self.version, self.tokens = stats.version, self.tokens + stats.tokens
         if experience is not None:
             stats = self._remember_(experience, stats, timings)
+            if stats.learned and self.methods:
+                with timings.part("methods"):
+                    self.methods.after_update_(experience)
         if stepped:
             self.student.teachers.after_update_(self.version)
             if self.denoising is not None:
@@ -270,7 +289,7 @@ class Learner(Talking):
             self.weigher.after_update_(experience, stats)
         if stats.quarantined is None and experience.trajectory.reward is not None:
             self.rewards.update_(experience.trajectory.reward)
-        if stats.quarantined is not None or self._remembering is None:
+        if not stats.learned or self._remembering is None:
             return stats
         with timings.part("memory"):
             ids = whole_ids(experience.trajectory, self.student.chat)
@@ -342,14 +361,18 @@ class Learner(Talking):
             background=self.background,
             reward=self.reward,
         )
-        optimizer = build_optimizer(
-            settings.optimizer, self.adapter.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
-        )
+        optimizer = self._new_optimizer()
         if not new_optimizer:
             load_moments_(optimizer, moments(self.optimizer))
         self.student.teachers.serve_([term.objective for term in terms], self._kept)
         self.student = replace(self.student, batch_tokens=self.micro_batch)
         self.terms, self.optimizer = terms, optimizer
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        settings = self.settings
+        return build_optimizer(
+            settings.optimizer, self.adapter.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+        )
 
     def _kept(self, version: int) -> dict[str, torch.Tensor] | None:
         """The coordinates of an earlier version, if it is kept."""
@@ -432,6 +455,7 @@ class Learner(Talking):
                 be taken back too), or the directions were changed since.
         """
         self.reverts.refuse(version)
+        self.methods.refuse_revert(version)
         numbers, latest = self.versions, self.version
         if version in numbers and version - 1 in numbers:
             before, after = (self._versions[number].coordinates for number in (version - 1, version))
@@ -439,8 +463,8 @@ class Learner(Talking):
             before, after = self.ledger.delta(version)
         else:
             raise FeatclError(f"v{version} is not kept, and there is no ledger that knows what it changed")
-        held, versions = self.adapter.coordinates(), self._versions.copy()
-        try:
+        held = self.adapter.coordinates()
+        with self._whole():
             how, removed = subtract_(self.adapter, before, after)
             self.version += 1
             self.reverts.add_(self.version, of=version)
@@ -449,9 +473,6 @@ class Learner(Talking):
             if self.ledger is not None:
                 now = self._versions.last.coordinates
                 self.ledger.reverted(self.version, of=version, before=held, after=now, how=how)
-        except BaseException:
-            self._return_to_(versions)
-            raise
         return Reverted(version, self.version, how, removed, self.adapter.delta_norm(), latest - version)
 
     def _snapshot(self) -> Snapshot:
@@ -482,12 +503,13 @@ class Learner(Talking):
             "reverts": self.reverts,
             "teachers": self.student.teachers,
             "memory": self._remembering,
+            "methods": self.methods if self.methods else None,
         }
         return {name: part for name, part in parts.items() if part is not None}
 
     def _lasting(self) -> dict[str, Any]:
         """What a rollback does not take back, since what was said and seen stays so: saved, in no version."""
-        lasting = {"conversations": self._live, "guard": self.guard}
+        lasting = {"conversations": self._live, "guard": self.guard, "told": self.told if self.methods else None}
         return {name: part for name, part in lasting.items() if part is not None}
 
     def _return_to_(self, versions: Versions) -> None:
@@ -542,6 +564,7 @@ class Learner(Talking):
                 f"{self.adapter.changes}: its coordinates mean other directions; make the same changes first"
             )
         self._check_memory(saved.get("memory"), directory)
+        self.methods.check(snapshot.parts.get("methods", {"methods": {}}), directory)
         self._restore_with_own_optimizer_(snapshot)
         self._halvings = snapshot.counters["halvings"]  # the same batch shapes, so the same sums
         self.student = replace(self.student, batch_tokens=self.micro_batch)
@@ -566,7 +589,8 @@ class Learner(Talking):
         Args:
             directory: Where `save` wrote.
             model, tokenizer, adapter: As for a new learner, the adapter constrained in the same way.
-            settings: What replaces or adds to the saved settings (teacher, background texts and memory are not saved).
+            settings: What replaces or adds to the saved settings (teacher, background texts, memory and
+                methods are not saved: of methods, what they remember is).
         """
         _, saved = load_snapshot(directory)
         for key in ("changes", "memory"):

@@ -101,22 +101,24 @@ class Live:
         self, messages: Sequence[Message], *, max_new_tokens: int, temperature: float, on_text: OnText | None
     ) -> Reply:
         """See `Learner.chat`."""
-        learner, chat = self.learner, self.learner.student.chat
-        key, prompt = self.conversations.next_id, chat.prompt(messages)
-        room = max_context(learner.student.scorer.causal) - len(prompt)
-        if room < 1:
-            raise FeatclError(f"the conversation has {len(prompt)} tokens, the model's context is full; shorten it")
+        learner, chat, answering = self.learner, self.learner.student.chat, self.learner.answering()
+        key = self.conversations.next_id
         shown = None if on_text is None else Shown(chat, on_text)
         with learner.alone():
-            rollout = generate(
-                learner.student.scorer.causal,
-                [prompt],
-                max_new_tokens=min(max_new_tokens, room),
-                temperature=temperature,
-                stop_ids=chat.stop_ids,
-                generator=derived_generator(learner.seed, key, "chat"),
-                on_token=shown,
-            )
+            prompt = chat.prompt(answering.asked(messages))
+            room = max_context(learner.student.scorer.causal) - len(prompt)
+            if room < 1:
+                raise FeatclError(f"the conversation has {len(prompt)} tokens, the model's context is full; shorten it")
+            with answering.of(messages):
+                rollout = generate(
+                    learner.student.scorer.causal,
+                    [prompt],
+                    max_new_tokens=min(max_new_tokens, room),
+                    temperature=temperature,
+                    stop_ids=chat.stop_ids,
+                    generator=derived_generator(learner.seed, key, "chat"),
+                    on_token=shown,
+                )
         text = chat.decode_reply(rollout.token_ids[0])
         if shown is not None:
             shown.finish(text)
@@ -170,8 +172,14 @@ class Live:
 
     def _waiting(self) -> list[tuple[Conversation, str | None]]:
         """What waits to be learned from, each with the reason why it cannot be."""
-        terms = self.learner.terms
-        return [(found, found.failed or unusable(found, terms)) for found in self.conversations.waiting]
+        return [(found, found.failed or self._unusable(found)) for found in self.conversations.waiting]
+
+    def _unusable(self, conversation: Conversation) -> str | None:
+        """Why neither objectives nor methods can learn from a judgement, or None."""
+        reason = unusable(conversation, self.learner.terms)
+        if reason is None or any(method.uses(conversation.trajectory(self.user)) for method in self.learner.methods):
+            return None
+        return reason
 
     def undo(self) -> int:
         """See `Learner.undo`."""

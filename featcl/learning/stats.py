@@ -28,7 +28,8 @@ class UpdateStats:
         seconds: Wall clock.
         weight: What the loss was multiplied by; 1 without a weigher.
         measures: What else was measured, under the names that are logged (`weight/…`, `projection/…`, `guard/…`).
-        quarantined: Why nothing was learned from it, or None.
+        quarantined: Why it was not trusted, so that nothing was learned from it, or None.
+        postponed: Why methods kept it, for later or outside the weights, and the weights learned nothing; or None.
         alarm: What the guard found and did, or None.
         trajectories: All that the update was made from, where several experiences made one step.
         timings: Seconds of each part by name.
@@ -52,9 +53,15 @@ class UpdateStats:
     weight: float = 1.0
     measures: Mapping[str, float] = field(default_factory=dict)
     quarantined: str | None = None
+    postponed: str | None = None
     alarm: str | None = None
     trajectories: tuple[str, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict, compare=False)
+
+    @property
+    def learned(self) -> bool:
+        """Whether the weights learn from it; where its step waits for others, later."""
+        return self.quarantined is None and self.postponed is None
 
     def with_measures(self, measures: Mapping[str, float]) -> UpdateStats:
         """The same with further measures."""
@@ -83,5 +90,6 @@ class UpdateStats:
             **{f"seconds/{part}": seconds for part, seconds in self.timings.items()},
             **({"trajectories": list(self.trajectories)} if len(self.trajectories) > 1 else {}),
             **({"quarantined": self.quarantined} if self.quarantined else {}),
+            **({"postponed": self.postponed} if self.postponed else {}),
             **({"alarm": self.alarm} if self.alarm else {}),
         }

@@ -3,17 +3,21 @@
 g = (1/n) Σ weight_i ∇L_i     over the experiences of one step (`accumulate`), each in micro-batches
 C ← step(C, g)                as often as `steps` says, with a new gradient each time
 C ← C₀ + s (C - C₀)           s ≤ 1 so that KL(before ‖ after) on all their tokens is at most `max_kl_per_update`
+
+Methods add to L, change g before the step and C after it; `featcl.methods.method` has the order.
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from featcl.errors import FeatclError
 from featcl.learning.gradient import Pass, accumulate_gradient_
+from featcl.learning.methods import Lesson, Parameters
 from featcl.learning.stats import UpdateStats
 from featcl.learning.timings import Timings
 from featcl.learning.trust import Reference, limit_step_
@@ -42,47 +46,78 @@ def learn_(
     Raises:
         FeatclError: If loss, gradient or the updated model is not finite.
     """
-    first = gradient_(learner, experience, timings)
+    with _methods(learner, timings):
+        lesson = learner.methods.lesson(experience)
+    return learn_lesson_(learner, lesson, stats, before=before, timings=timings)
+
+
+def learn_lesson_(
+    learner: Learner, lesson: Lesson, stats: UpdateStats, *, before: Snapshot, timings: Timings
+) -> UpdateStats:
+    """As `learn_`, of what methods made of an experience."""
+    first = gradient_(learner, lesson, timings)
     stats = replace(stats, loss=first.loss, losses=first.losses, grad_norm=first.grad_norm, tokens=first.tokens)
     stats = stats.with_measures(first.measures)
     if len(learner.pending) < learner.settings.accumulate:
         return stats.with_measures({"update/waiting": float(len(learner.pending))})
     trajectories = learner.pending.ids
     reference = learner.pending.reference(learner.student.scorer, first.reference)
-    step_(learner, timings)
+    start = learner.methods.before_update()
+    gradients = step_(learner, timings)
     for number in range(1, learner.settings.steps):
-        again = gradient_(learner, _anew(experience, number), timings)
+        again = gradient_(learner, _anew(lesson, number), timings)
         stats = replace(stats, tokens=stats.tokens + again.tokens)
-        step_(learner, timings)
-    return limited_(learner, stats, trajectories, reference, before=before, timings=timings)
+        gradients = step_(learner, timings)
+    stats = limited_(learner, stats, trajectories, reference, before=before, timings=timings)
+    _taken_(learner, start, gradients, timings)
+    return stats
 
 
 def learn_from_pending_(learner: Learner, stats: UpdateStats, *, before: Snapshot, timings: Timings) -> UpdateStats:
     """The step of the experiences that wait; arguments as for `learn_`."""
     trajectories = learner.pending.ids
     reference = learner.pending.reference(learner.student.scorer)
-    step_(learner, timings)
-    return limited_(learner, stats, trajectories, reference, before=before, timings=timings)
+    start = learner.methods.before_update()
+    gradients = step_(learner, timings)
+    stats = limited_(learner, stats, trajectories, reference, before=before, timings=timings)
+    _taken_(learner, start, gradients, timings)
+    return stats
 
 
-def gradient_(learner: Learner, experience: Experience, timings: Timings) -> Pass:
-    """Add an experience's gradient to those that wait."""
+def gradient_(learner: Learner, lesson: Lesson, timings: Timings) -> Pass:
+    """Add the gradient of what is learned from to those that wait."""
+    experience = lesson.own
     learner.optimizer.zero_grad()
+    more: dict[str, Any] = {"added": learner.methods.terms(), "beside": lesson.beside} if learner.methods else {}
     with timings.part("gradient"):
-        done = accumulate_gradient_(learner.terms, experience, learner.student)
-    for name, value in {**done.losses, "gradient norm": done.grad_norm}.items():
+        done = accumulate_gradient_(learner.terms, experience, learner.student, **more)
+    for name, value in {**done.losses, **done.measures, "gradient norm": done.grad_norm}.items():
         check_finite(name, value, experience.trajectory.id, experience.trajectory.task)
     learner.pending.add_(experience, done, learner.adapter.parameters())
     return done
 
 
-def step_(learner: Learner, timings: Timings) -> None:
-    """One step of the optimizer along the mean of the gradients that wait."""
+def step_(learner: Learner, timings: Timings) -> Parameters | None:
+    """One step of the optimizer along the mean of the gradients that wait; those gradients, if a method wants them."""
     with timings.part("step"):
         learner.pending.spend_(learner.adapter.parameters())
+        learner.methods.project_()
+        before, gradients = learner.methods.before_step(), learner.methods.gradients()
         learner.optimizer.step()
         learner.adapter.after_step_()
         learner.optimizer.zero_grad()
+        learner.methods.project_step_(before)
+    return gradients
+
+
+def _taken_(learner: Learner, start: Parameters | None, gradients: Parameters | None, timings: Timings) -> None:
+    """Methods hear of the update."""
+    with _methods(learner, timings):
+        learner.methods.after_step_(start, gradients)
+
+
+def _methods(learner: Learner, timings: Timings) -> AbstractContextManager[None]:
+    return timings.part("methods") if learner.methods else nullcontext()
 
 
 def limited_(
@@ -118,7 +153,11 @@ def check_finite(name: str, value: float, trajectory: str, task: str) -> None:
         )
 
 
-def _anew(experience: Experience, step: int) -> Experience:
-    """The same experience, with randomness of its own for a further step."""
-    derive = experience.generator
-    return replace(experience, generator=lambda purpose: derive(f"{purpose}/{step}"))
+def _anew(lesson: Lesson, step: int) -> Lesson:
+    """The same, with randomness of its own for a further step."""
+
+    def again(experience: Experience) -> Experience:
+        derive = experience.generator
+        return replace(experience, generator=lambda purpose: derive(f"{purpose}/{step}"))
+
+    return Lesson(again(lesson.own), [again(each) for each in lesson.beside])

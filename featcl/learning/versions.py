@@ -15,7 +15,7 @@ from featcl.errors import FeatclError
 from featcl.files import write_bytes
 
 FILE = "learner.safetensors"
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,13 +152,15 @@ def save_snapshot(
 
     snapshots = [*(versions.earlier if versions else ()), snapshot]
     tensors = {f"{s.version}/{name}": tensor for s in snapshots for name, tensor in _tensors(s).items()}
+    once, same = _once(tensors)
     header = {
+        "same": same,
         "format": FORMAT,
         "snapshots": [{name: getattr(s, name) for name in _PLAIN} for s in snapshots],
         "held": versions.held if versions else (),
         "settings": settings,
     }
-    data = save(_apart(tensors), metadata={"learner": json.dumps(header, sort_keys=True)})
+    data = save(once, metadata={"learner": json.dumps(header, sort_keys=True)})
     write_bytes(Path(directory) / FILE, data)
 
 
@@ -190,6 +192,7 @@ def load_versions(directory: str | Path, *, keep: int) -> tuple[Versions, dict[s
         raise FeatclError(f"{path}: not a saved learner ({error})") from error
     if header.get("format") != FORMAT:
         raise FeatclError(f"{path}: saved in format {header.get('format')}, this version reads format {FORMAT}")
+    tensors |= {name: tensors[first] for name, first in header["same"].items()}
     parts: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key, tensor in tensors.items():
         version, part, name = key.split("/", 2)
@@ -204,16 +207,24 @@ _PLAIN = ("version", "optimizer", "counters", "parts")
 _TENSORS = ("coordinates", "moments", "tensors")
 
 
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, each with memory of its own: what no version changed is one tensor in several of them."""
-    apart: dict[str, Tensor] = {}
-    seen: set[int] = set()
+def _once(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """On the CPU, each tensor once, though no version changed it; and for the other names, under which name it is."""
+    once: dict[str, Tensor] = {}
+    same: dict[str, str] = {}
+    first: dict[tuple[object, ...], str] = {}
+    stored: set[int] = set()
     for name, tensor in tensors.items():
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+        if tensor.numel() and place in first:
+            same[name] = first[place]
+            continue
+        first[place] = name
         plain = tensor.detach().cpu().contiguous()
-        place = plain.untyped_storage().data_ptr()
-        apart[name] = plain.clone() if place in seen else plain
-        seen.add(place)
-    return apart
+        storage = plain.untyped_storage()
+        shared = storage.data_ptr() in stored or storage.nbytes() > plain.nbytes
+        once[name] = plain.clone() if shared else plain
+        stored.add(storage.data_ptr())
+    return once, same
 
 
 def _tensors(snapshot: Snapshot) -> dict[str, Tensor]:

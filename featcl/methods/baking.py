@@ -1,7 +1,7 @@
 """Periodic baking: trajectories are collected, and learned from all together when there are N of them.
 
     observed, k < N        nothing is learned; the trajectory waits
-    observed, k = N        loss = mean over the N of L(trajectory_i), for as many steps as the learner takes
+    observed, k = N        loss = Σ over the N of w_i L(trajectory_i), for as many steps as the learner takes
 
 Between two bakings the weights stand still; what was collected then is dropped.
 """

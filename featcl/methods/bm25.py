@@ -35,7 +35,7 @@ class Bm25:
         try:
             from bm25s import BM25  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise FeatclError("retrieval by bm25 needs the package bm25s: pip install bm25s") from error
+            raise FeatclError("retrieval by bm25 needs the package bm25s: pip install featcl[retrieval]") from error
         self.size = len(texts)
         found = [words(text) for text in texts]
         self._known = {word for text in found for word in text}

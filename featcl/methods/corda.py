@@ -22,8 +22,10 @@ from torch import Tensor
 from featcl.adapters.kept import attach_kept_
 from featcl.errors import FeatclError
 from featcl.methods.checks import count
+from featcl.methods.fresh_lora import need_kind_none
 from featcl.methods.method import Cost, Method, View
 from featcl.methods.site_inputs import inputs_of
+from featcl.objectives.experience import Experience
 from featcl.streams.trajectory import Trajectory
 
 DAMPING = 0.01  # of the mean variance, as in the authors' code
@@ -44,6 +46,7 @@ class CorDA(Method):
     """
 
     name = "corda"
+    moves_adapter = True
 
     def __init__(self, *, retained: Sequence[str] = (), tokens: int = 8192) -> None:
         count(self.name, tokens=tokens)
@@ -52,14 +55,17 @@ class CorDA(Method):
         self.retained, self.tokens = tuple(retained), tokens
         self._read = self._frozen_bytes = 0
 
+    def refuse(self, view: View) -> None:
+        """Another kind."""
+        need_kind_none(view.student.adapter, self.name, "chooses both factors itself")
+
     @torch.no_grad()
-    def begin_task_(self, task: str, view: View) -> None:
+    def begin_task_(self, task: str, view: View, upcoming: Sequence[Experience] = ()) -> None:
         """Before the first task, set both factors."""
         if self._read:
             return
+        self.refuse(view)
         adapter = view.student.adapter
-        if adapter.kind != "none":
-            raise FeatclError(f"corda: it chooses both factors itself, on kind none; this is {adapter.kind!r}")
         texts = [view.encode(Trajectory(f"retained-{i}", text=text)) for i, text in enumerate(self.retained)]
         found, self._read = inputs_of(
             texts, view.student, limit=self.tokens, generator=view.generator("corda"), method=self.name

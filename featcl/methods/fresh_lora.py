@@ -23,9 +23,16 @@ def lora_sites(adapter: Any, method: str) -> tuple[LoraSite, ...]:
     Raises:
         FeatclError: If it has none: the hook kinds.
     """
-    if not all(isinstance(site, LoraSite) for site in adapter.sites):
+    sites: tuple[Any, ...] = tuple(getattr(adapter, "sites", ()))
+    if not sites or not all(isinstance(site, LoraSite) for site in sites):
         raise FeatclError(f"{method}: kind {adapter.kind!r} is no LoRA; use it with none, write, read or both")
-    return tuple(adapter.sites)
+    return sites
+
+
+def need_kind_none(adapter: Any, method: str, why: str) -> None:
+    """Raise FeatclError for an adapter of another kind than `none`."""
+    if adapter.kind != "none":
+        raise FeatclError(f"{method}: it {why}, on kind none; this is {adapter.kind!r}")
 
 
 @torch.no_grad()

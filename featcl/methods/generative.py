@@ -68,7 +68,7 @@ class GenerativeReplay(Method):
         """What is rehearsed now."""
         return self._written
 
-    def begin_task_(self, task: str, view: View) -> None:
+    def begin_task_(self, task: str, view: View, upcoming: Sequence[Experience] = ()) -> None:
         """Write."""
         self._write_(view)
 

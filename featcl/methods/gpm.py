@@ -22,7 +22,7 @@ from featcl.methods.checks import count, share
 from featcl.methods.method import Cost, View
 from featcl.methods.projected import Projected
 from featcl.methods.quadratic import nbytes
-from featcl.methods.site_inputs import inputs_of
+from featcl.methods.site_inputs import inputs_of, need_matrices
 from featcl.objectives.experience import Experience
 
 
@@ -48,6 +48,10 @@ class GPM(Projected):
         super().__init__()
         self.threshold, self.tokens = threshold, tokens
         self._read = 0
+
+    def refuse(self, view: View) -> None:
+        """A kind that trains no matrix."""
+        need_matrices(view.student.adapter, self.name)
 
     def end_task_(self, task: str, experiences: Sequence[Experience], view: View) -> None:
         """Add this task's directions."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from featcl.errors import FeatclError
 from featcl.methods.checks import count, share
-from featcl.methods.fresh_lora import freeze_and_restart_
+from featcl.methods.fresh_lora import freeze_and_restart_, need_kind_none
 from featcl.methods.gpm import grown
 from featcl.methods.method import Cost, View
 from featcl.methods.partly_frozen import PartlyFrozen
@@ -44,6 +44,7 @@ class InfLoRA(PartlyFrozen):
     """
 
     name = "inflora"
+    moves_adapter = True
 
     def __init__(self, *, threshold: float = 0.97, tokens: int = 2048) -> None:
         share(self.name, threshold=threshold)
@@ -52,6 +53,10 @@ class InfLoRA(PartlyFrozen):
         self.threshold, self.tokens = threshold, tokens
         self.known: dict[str, Tensor] = {}  # M by the name of the trained lora_A
         self._read = self._frozen_bytes = 0
+
+    def refuse(self, view: View) -> None:
+        """Another kind."""
+        need_kind_none(view.student.adapter, self.name, "designs lora_A and trains lora_B")
 
     @torch.no_grad()
     def begin_task_(self, task: str, view: View, upcoming: Sequence[Experience] = ()) -> None:
@@ -62,9 +67,8 @@ class InfLoRA(PartlyFrozen):
             view: The learner.
             upcoming: The task's experiences, tokenised.
         """
+        self.refuse(view)
         adapter = view.student.adapter
-        if adapter.kind != "none":
-            raise FeatclError(f"inflora: it designs lora_A and trains lora_B, on kind none; this is {adapter.kind!r}")
         if not upcoming:
             raise FeatclError(
                 "inflora: it designs lora_A from the task's experiences; they must be known when it begins"

@@ -17,6 +17,7 @@ from featcl.methods.checks import choice, positive
 from featcl.methods.method import Cost, Method, View
 from featcl.methods.quadratic import Well, Wells, copies, nbytes
 from featcl.objectives.build import Term
+from featcl.objectives.experience import Experience
 
 
 class L2ToStart(Method):
@@ -46,7 +47,7 @@ class L2ToStart(Method):
         """The penalty."""
         return (self._term,)
 
-    def begin_task_(self, task: str, view: View) -> None:
+    def begin_task_(self, task: str, view: View, upcoming: Sequence[Experience] = ()) -> None:
         """The start, if this is one."""
         if len(self.wells) and self.start == "learning":
             return

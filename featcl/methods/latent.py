@@ -87,6 +87,10 @@ class LatentReplay(Method):
         self._drawn: tuple[Entry, ...] = ()  # of this update alone
         self._forward = self._partly = 0
 
+    def refuse(self, view: View) -> None:
+        """An adapter at the lowest block."""
+        frozen_part(view.student)
+
     def terms(self) -> Sequence[Term]:
         """NLL of what `beside` drew, as a penalty: its forward pass is its own."""
         return (Term(self.name, self.share / (1.0 - self.share), _Penalty(self)),)
@@ -155,6 +159,22 @@ class _Penalty:
         return self.method.penalty(student)
 
 
+def frozen_part(student: Student) -> int:
+    """The lowest adapted block.
+
+    Raises:
+        FeatclError: Where nothing lies below it.
+    """
+    causal = student.scorer.causal
+    layer = trunk_end(causal)
+    if not 0 < layer < len(blocks(causal)):
+        raise FeatclError(
+            f"latent_replay: the lowest adapter is at block {layer}, so there is no frozen part to start above; "
+            "put the adapters into higher blocks (adapter.layers), or use replay"
+        )
+    return layer
+
+
 def latent_record(batch: TokenBatch, student: Student) -> bytes:
     """A batch and the quantised stream below its lowest adapter, as safetensors.
 
@@ -163,13 +183,7 @@ def latent_record(batch: TokenBatch, student: Student) -> bytes:
     """
     from safetensors.torch import save
 
-    causal = student.scorer.causal
-    layer = trunk_end(causal)
-    if not 0 < layer < len(blocks(causal)):
-        raise FeatclError(
-            f"latent_replay: the lowest adapter is at block {layer}, so there is no frozen part to start above; "
-            "put the adapters into higher blocks (adapter.layers), or use replay"
-        )
+    causal, layer = student.scorer.causal, frozen_part(student)
     hidden = run_trunk(causal, batch.input_ids, layer=layer).hidden
     assert hidden is not None
     q, scale = quantised(hidden)

@@ -56,7 +56,7 @@ class LwF(Method):
         """The distillation."""
         return (self._term,)
 
-    def begin_task_(self, task: str, view: View) -> None:
+    def begin_task_(self, task: str, view: View, upcoming: Sequence[Experience] = ()) -> None:
         """The model of now is the old one from here on."""
         self._kept.hold_(view.student.adapter.coordinates(), changes=view.student.adapter.changes)
 

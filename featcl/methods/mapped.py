@@ -29,6 +29,7 @@ class MappedFile:
         self.path = Path(path)
         self._file = open_append(self.path)
         self._map: mmap.mmap | None = None
+        self._used = False
 
     @property
     def nbytes(self) -> int:
@@ -37,7 +38,7 @@ class MappedFile:
 
     def put_(self, data: bytes) -> Place:
         """Append a record; a killed process does not lose it."""
-        start = self.nbytes
+        start, self._used = self.nbytes, True
         append_bytes(self._file, data)
         return start, len(data), zlib.crc32(data)
 
@@ -59,14 +60,18 @@ class MappedFile:
         return data
 
     def cut_(self, end: int) -> None:
-        """Forget what was written after `end`: a learner returned to where it was then.
+        """Go on after `end`: a learner returned to where it was then.
+
+        What was written since is forgotten if the file was just opened, so that a resumed run writes what the one that
+        was interrupted wrote. A running learner that goes back keeps it: a saved state may still refer to it.
 
         Raises:
             FeatclError: If the file is shorter.
         """
         if self.nbytes < end:
             raise FeatclError(f"{self.path} has {self.nbytes} bytes, the saved state needs {end}: it is not its file")
-        if self.nbytes > end:
+        first, self._used = not self._used, True
+        if first and self.nbytes > end:
             self._unmap_()
             self._file.truncate(end)
 

@@ -42,6 +42,7 @@ class Merging(Method):
     """
 
     name = "merging"
+    moves_adapter = True
 
     def __init__(self, *, method: str = "ties", density: float = 0.2, scale: float = 1.0) -> None:
         choice(self.name, METHODS, method=method)
@@ -53,11 +54,15 @@ class Merging(Method):
         self._ends: list[dict[str, Tensor]] = []
         self._changes = 0
 
+    def refuse(self, view: View) -> None:
+        """A kind that is no LoRA."""
+        lora_sites(view.student.adapter, self.name)
+
     @torch.no_grad()
-    def begin_task_(self, task: str, view: View) -> None:
+    def begin_task_(self, task: str, view: View, upcoming: Sequence[Experience] = ()) -> None:
         """Back to the start."""
+        self.refuse(view)
         adapter = view.student.adapter
-        lora_sites(adapter, self.name)
         if not self._start:
             self._start, self._changes = copies(view.parameters), adapter.changes
         self._check(adapter)

@@ -7,13 +7,16 @@ The zero start is exact and the update is linear in A. PEFT has the same as `ini
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from featcl.errors import FeatclError
+from featcl.methods.fresh_lora import need_kind_none
 from featcl.methods.method import View
 from featcl.methods.partly_frozen import PartlyFrozen
+from featcl.objectives.experience import Experience
 
 
 class MiCA(PartlyFrozen):
@@ -26,15 +29,19 @@ class MiCA(PartlyFrozen):
     """
 
     name = "mica"
+    moves_adapter = True
+
+    def refuse(self, view: View) -> None:
+        """Another kind."""
+        need_kind_none(view.student.adapter, self.name, "chooses lora_B itself")
 
     @torch.no_grad()
-    def begin_task_(self, task: str, view: View) -> None:
+    def begin_task_(self, task: str, view: View, upcoming: Sequence[Experience] = ()) -> None:
         """Before the first task, set both factors."""
         if self.frozen:
             return
+        self.refuse(view)
         adapter = view.student.adapter
-        if adapter.kind != "none":
-            raise FeatclError(f"mica: it chooses lora_B itself, on kind none; this is {adapter.kind!r}")
         for site in adapter.sites:
             weight: Any = site.module.get_base_layer().weight
             rank = site.trained["lora_B"].shape[1]

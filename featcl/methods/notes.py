@@ -81,7 +81,7 @@ class Notes(Retrieval):
         """Whether the weights still learn."""
         return self._tasks <= self.training_tasks
 
-    def begin_task_(self, task: str, view: View) -> None:
+    def begin_task_(self, task: str, view: View, upcoming: Sequence[Experience] = ()) -> None:
         """Train in the first tasks, and stand still in all others."""
         self._tasks += 1
         self.frozen = not self.training

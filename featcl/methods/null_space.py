@@ -20,7 +20,7 @@ from featcl.methods.checks import count, share
 from featcl.methods.method import Cost, View
 from featcl.methods.projected import Projected
 from featcl.methods.quadratic import nbytes
-from featcl.methods.site_inputs import inputs_of
+from featcl.methods.site_inputs import inputs_of, need_matrices
 from featcl.objectives.experience import Experience
 from featcl.streams.trajectory import Trajectory
 
@@ -50,7 +50,11 @@ class NullSpace(Projected):
         self._sums: dict[str, Tensor] = {}  # Σ z zᵀ, float64
         self._read = 0
 
-    def begin_task_(self, task: str, view: View) -> None:
+    def refuse(self, view: View) -> None:
+        """A kind that trains no matrix."""
+        need_matrices(view.student.adapter, self.name)
+
+    def begin_task_(self, task: str, view: View, upcoming: Sequence[Experience] = ()) -> None:
         """Before the first task, read the retained texts."""
         if self.retained and not self._sums:
             kept = [view.encode(Trajectory(f"retained-{i}", text=text)) for i, text in enumerate(self.retained)]

@@ -20,7 +20,7 @@ from featcl.errors import FeatclError
 from featcl.methods.checks import positive
 from featcl.methods.fresh_lora import freeze_and_restart_, lora_sites
 from featcl.methods.method import Cost, Method, View
-from featcl.methods.quadratic import nbytes, trained
+from featcl.methods.quadratic import nbytes
 from featcl.objectives.build import Term
 from featcl.objectives.experience import Experience, Student
 
@@ -38,6 +38,7 @@ class OLoRA(Method):
     """
 
     name = "olora"
+    moves_adapter = True
 
     def __init__(self, *, strength: float = 0.5) -> None:
         positive(self.name, strength=strength)
@@ -49,14 +50,19 @@ class OLoRA(Method):
         """The penalty."""
         return (self._term,)
 
-    def begin_task_(self, task: str, view: View) -> None:
-        """From the second task on, freeze the LoRA of the task before and start a new one."""
+    def refuse(self, view: View) -> None:
+        """A kind that trains no lora_A."""
         adapter = view.student.adapter
         if not any("lora_A" in site.trained for site in lora_sites(adapter, self.name)):
             raise FeatclError(
                 f"olora: kind {adapter.kind!r} trains no lora_A, the same features are read in every task; use none, "
                 "write or both"
             )
+
+    def begin_task_(self, task: str, view: View, upcoming: Sequence[Experience] = ()) -> None:
+        """From the second task on, freeze the LoRA of the task before and start a new one."""
+        self.refuse(view)
+        adapter = view.student.adapter
         if self.past.rows:
             self._frozen_bytes = freeze_and_restart_(adapter, view.generator(f"olora/{task}"), self.name)
 
@@ -105,7 +111,7 @@ class PastRows:
 
     def penalty(self, student: Student) -> Float[Tensor, ""]:
         """The value, with its gradient."""
-        parameters = trained(student.adapter)
+        parameters = student.adapter.named_parameters()
         first = next(iter(parameters.values()))
         total = 0.0 * first.float().sum()  # so that there is a gradient in the first task
         for name, rows in self.rows.items():

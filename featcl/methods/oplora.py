@@ -9,6 +9,7 @@ basis of the chosen features, the other carries both conditions, as far as the s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from torch import Tensor
 from featcl.adapters.lora import LoraSite
 from featcl.errors import FeatclError
 from featcl.methods.checks import count
+from featcl.methods.fresh_lora import lora_sites
 from featcl.methods.method import Cost, View
 from featcl.methods.projected import Bases, Projected, orthonormal
 from featcl.methods.quadratic import nbytes
+from featcl.objectives.experience import Experience
 
 
 class OPLoRA(Projected):
@@ -35,22 +38,25 @@ class OPLoRA(Projected):
     """
 
     name = "oplora"
+    moves_adapter = True
 
     def __init__(self, *, preserved: int = 16) -> None:
         count(self.name, preserved=preserved)
         super().__init__()
         self.preserved = preserved
 
+    def refuse(self, view: View) -> None:
+        """A kind that adapts no weights."""
+        lora_sites(view.student.adapter, self.name)
+
     @torch.no_grad()
-    def begin_task_(self, task: str, view: View) -> None:
+    def begin_task_(self, task: str, view: View, upcoming: Sequence[Experience] = ()) -> None:
         """Before the first task: take the base weights apart, and project where the factors start."""
         if self.left or self.right:
             return
         left: Bases = {}
         right: Bases = {}
-        for site in view.student.adapter.sites:
-            if not isinstance(site, LoraSite):
-                raise FeatclError("oplora: it needs adapted weights; hook kinds change the residual stream instead")
+        for site in lora_sites(view.student.adapter, self.name):
             for side, bases in zip(_blocked(site, self.preserved), (left, right), strict=True):
                 bases.update(side)
         self.block_(view, left=left, right=right)

@@ -10,8 +10,7 @@ By default the weights stand still: an experience is remembered and not learned 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 
 from featcl.methods.method import Method, View
@@ -31,16 +30,12 @@ class Outside(Method):
     name = "outside"
     frozen = True
 
-    # --- what a subclass has
+    @property
+    def keeps_still(self) -> bool:
+        """As `frozen` says."""
+        return self.frozen
 
-    def context(self, messages: Sequence[Message], view: View) -> Sequence[Message]:
-        """What the model is asked in place of `messages`, in chat and evaluation."""
-        return messages
-
-    @contextmanager
-    def around(self, view: View) -> Iterator[None]:
-        """What acts on every forward pass inside the block, in chat and evaluation."""
-        yield
+    # --- what a subclass has, beside `context` or `around`
 
     def remember_(self, experience: Experience, view: View) -> None:
         """Keep what an experience holds."""

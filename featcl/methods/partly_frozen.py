@@ -33,7 +33,7 @@ class PartlyFrozen(Method):
                 gradient.zero_()
 
     @torch.no_grad()
-    def after_step_(self, before: Mapping[str, Tensor], gradients: Mapping[str, Tensor], view: View) -> None:
+    def project_step_(self, before: Mapping[str, Tensor], view: View) -> None:
         """What moved all the same (weight decay, momentum) goes back."""
         for name in self.frozen:
             view.parameters[name].copy_(before[name])

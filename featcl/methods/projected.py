@@ -67,7 +67,7 @@ class Projected(Method):
                 parameter.grad.copy_(self._free(name, parameter.grad))
 
     @torch.no_grad()
-    def after_step_(self, before: Mapping[str, Tensor], gradients: Mapping[str, Tensor], view: View) -> None:
+    def project_step_(self, before: Mapping[str, Tensor], view: View) -> None:
         """X ← X₀ + P(X - X₀)."""
         for name, parameter in view.parameters.items():
             if name in self.left or name in self.right:

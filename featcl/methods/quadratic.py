@@ -8,17 +8,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from featcl.errors import FeatclError
 from featcl.objectives.experience import Student
 
 Tensors = Mapping[str, Tensor]
-
-
-def trained(adapter: Any) -> dict[str, nn.Parameter]:
-    """The trained tensors of an adapter by name, live; `coordinates` would copy them."""
-    return dict(adapter._named())
 
 
 def copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -79,7 +74,7 @@ class Wells:
     def penalty(self, student: Student) -> Float[Tensor, ""]:
         """The value, with its gradient."""
         self.check(student.adapter)
-        parameters = trained(student.adapter)
+        parameters = student.adapter.named_parameters()
         first = next(iter(parameters.values()))
         total = 0.0 * first.float().sum()  # so that there is a gradient before the first well
         for well in self._wells:

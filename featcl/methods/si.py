@@ -40,6 +40,7 @@ class SI(Method):
     """
 
     name = "si"
+    only_looks = True
 
     def __init__(self, *, strength: float = 1.0, damping: float = 1e-3) -> None:
         positive(self.name, strength=strength, damping=damping)
@@ -59,7 +60,7 @@ class SI(Method):
         """The penalty."""
         return (self._term,)
 
-    def begin_task_(self, task: str, view: View) -> None:
+    def begin_task_(self, task: str, view: View, upcoming: Sequence[Experience] = ()) -> None:
         """A new path starts here."""
         self._start = copies(view.parameters)
         self._path = {name: torch.zeros_like(tensor) for name, tensor in self._start.items()}

@@ -100,6 +100,11 @@ def recorded(adapter: Any, method: str) -> Iterator[dict[str, Tensor]]:
         yield seen
 
 
+def need_matrices(adapter: Any, method: str) -> None:
+    """Raise FeatclError for a kind that trains no matrix."""
+    list(_places(adapter, method))
+
+
 def _places(adapter: Any, method: str) -> Iterator[tuple[str, nn.Module, Read]]:
     """(name of a trained matrix, the module to listen to, from its input to that of the matrix)."""
     for site in adapter.sites:
@@ -109,7 +114,10 @@ def _places(adapter: Any, method: str) -> Iterator[tuple[str, nn.Module, Read]]:
         elif isinstance(site, HookedBlock) and site.coordinates.ndim == 2:
             yield f"{site.name}.C", site, _hook_read(site)
         else:
-            raise FeatclError(f"{method}: kind {adapter.kind!r} trains no matrix, so it has no inputs to keep clear of")
+            raise FeatclError(
+                f"{method}: kind {adapter.kind!r} trains no matrix beside a weight or a hook, so it has no inputs to "
+                "keep clear of"
+            )
 
 
 def _coordinates_of(site: LoraSite, which: str) -> Read:

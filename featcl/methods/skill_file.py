@@ -101,6 +101,10 @@ class SkillFile(Outside):
         """The file as Markdown; its bytes are what the budget bounds."""
         return "".join(f"{rule.line}\n" for rule in self.rules)
 
+    def uses(self, trajectory: Trajectory) -> bool:
+        """What was said about a reply is a rule, and a reward counts, whatever the reply was worth."""
+        return self.frozen and bool(trajectory.feedback or trajectory.reward)
+
     def context(self, messages: Sequence[Message], view: View) -> Sequence[Message]:
         """The conversation with the rules in front; where not all fit, those that helped most."""
         order = sorted(range(len(self.rules)), key=lambda place: (_worth(self.rules[place]), place), reverse=True)

@@ -24,6 +24,7 @@ from featcl.errors import FeatclError
 from featcl.methods import checks
 from featcl.methods.method import Cost, Method, View
 from featcl.methods.tokens import tokens_read
+from featcl.objectives.experience import Experience
 from featcl.streams.trajectory import Trajectory
 
 SLOTS = ("rank", "free")
@@ -62,7 +63,7 @@ class SparseMemory(Method):
         self._chosen: dict[str, Bool[Tensor, " slots"]] = {}  # of this update alone
         self._forward = 0
 
-    def begin_task_(self, task: str, view: View) -> None:
+    def begin_task_(self, task: str, view: View, upcoming: Sequence[Experience] = ()) -> None:
         """Measure the background, before the first task."""
         if self._documents is not None:
             return
@@ -87,7 +88,7 @@ class SparseMemory(Method):
             gradient[~self._mask(name, gradient)] = 0.0
 
     @torch.no_grad()
-    def after_step_(self, before: Mapping[str, Tensor], gradients: Mapping[str, Tensor], view: View) -> None:
+    def project_step_(self, before: Mapping[str, Tensor], view: View) -> None:
         """Put back what momentum and weight decay moved outside them."""
         for name, parameter in view.parameters.items():
             if name in self._chosen:

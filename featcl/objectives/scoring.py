@@ -117,7 +117,8 @@ class Scorer:
 
     def hidden(self, batch: TokenBatch) -> Float[Tensor, "targets d_model"]:
         """Last hidden states at the positions that predict a target."""
-        with nullcontext() if self._trunks is None else self._trunks.over(batch.input_ids, batch.input_ids):
+        kept = None if self.trunk._forward_pre_hooks else self._trunks  # a hook on the body changes the trunk too
+        with nullcontext() if kept is None else kept.over(batch.input_ids, batch.input_ids):
             output = self.trunk(input_ids=batch.input_ids, use_cache=False)
         return output.last_hidden_state.flatten(0, 1).index_select(0, batch.positions)
 

@@ -146,6 +146,14 @@ class Teachers:
         self.version = version
         self._kept = {key: self.adapter.coordinates() for key in self._wanted if not key.startswith("version:")}
 
+    def moved_(self, version: int) -> None:
+        """After coordinates were set to others, though they mean the same: averages start anew, versions stay."""
+        kept = {key: made for key, made in self._kept.items() if key.startswith("version:")}
+        self.restart_(version)
+        self._kept |= kept
+        if (key := f"version:{version}") in self._wanted:
+            self._kept[key] = self.adapter.coordinates()
+
     # --- what a checkpoint holds ------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from featcl.build import Experiment, build
+from featcl.build.methods import own_files
 from featcl.config import RunConfig
 from featcl.errors import FeatclError
 from featcl.files import read_state, write_json
@@ -223,7 +224,8 @@ def open_chat(config: RunConfig, *, overwrite: bool = False, **settings: Any) ->
     run_folder = RunFolder(path, config.to_dict(), digest=config.digest, overwrite=overwrite)
     with stopping_cleanly(path), run_folder as folder, Interruptible() as interrupt:
         with waiting("loading the model, selecting features, attaching the adapter"):
-            experiment = build(_without_evaluation(config))
+            files = own_files(folder.path, resumed=folder.state is not None)
+            experiment = build(_without_evaluation(config), files=files)
         session = ChatSession(experiment, folder, interrupt, **settings)
         try:
             yield session

@@ -181,9 +181,13 @@ class _Place:
         return self.folder / name / f"seed-{seed}.json"
 
     def _digest(self, name: str, seed: int) -> str:
-        """Of what decides the numbers."""
+        """Of what decides the numbers: of a config only its memory, and what that is made of."""
         config = self.arms.get(name, self.base).with_seed(seed)
-        return digest_json([config.digest, self.items, list(GAPS)])
+        content = config.to_dict()
+        assert config.memory is not None
+        chosen = [content["stream"], content["features"]] if config.memory.kind == "features" else []
+        parts = [content["model"], content["memory"], content["runtime"]["float32_matmul"], *chosen]
+        return digest_json([*parts, config.seed, self.items, list(GAPS)])
 
     def table(self, names: Sequence[str], seeds: Sequence[int]) -> RecallTable:
         """The arms that are there, compared with the base arm."""

@@ -15,9 +15,10 @@ from featcl.learning.deltas import same
 from featcl.learning.guard import Stopped
 from featcl.learning.history import History
 from featcl.learning.versions import Snapshot
-from featcl.plan import Evaluate, Memorize, Update, plan
+from featcl.plan import BeginTask, EndTask, Evaluate, Memorize, StartAgain, Update, plan
 from featcl.session import MEMORY
 from featcl.streams import Trajectory
+from featcl.streams.environments import Planned
 from featcl.studies.ledger import config_of
 from featcl.tracking.folder import RunFolder
 
@@ -69,25 +70,28 @@ def replay(
     """
     learner, phase, done = experiment.learner, 0, 0
     learner.reconfigure(**experiment.phases[0])
+    start = learner.present
     rounds = acting_rounds(experiment.config, learner, episodes) if episodes is not None else None
     for step in islice(plan(experiment), steps):
         if done == updates:
             return
         if isinstance(step, Memorize) and experiment.memorizing is not None and not experiment.memorizing.finished:
             experiment.memorizing.step_()
-        if isinstance(step, Evaluate) and learner.pending:
+        if isinstance(step, Evaluate | BeginTask | EndTask) and learner.pending:
             learner.flush()
             done += 1
+        if isinstance(step, BeginTask):
+            learner.begin_task(step.task, upcoming=step.upcoming)
+        if isinstance(step, EndTask):
+            done += len(learner.end_task(step.task, [_played(rounds, *each) for each in step.learned]))
+        if isinstance(step, StartAgain):
+            learner.rollback(start)
         if not isinstance(step, Update):
             continue
         if step.phase != phase:
             phase = step.phase
             learner.reconfigure(**experiment.phases[phase])
-        trajectory = step.trajectory
-        if not isinstance(trajectory, Trajectory):
-            if rounds is None:
-                raise FeatclError("a stream that the model acts in can only be replayed with the episodes it kept")
-            trajectory = rounds.trajectory(trajectory, phase=phase)
+        trajectory = _played(rounds, phase, step.trajectory)
         if trajectory.id in without:
             continue
         before = learner.version
@@ -100,6 +104,15 @@ def replay(
         done += stats.version > before
         if each is not None:
             each(stats)
+
+
+def _played(rounds: Any, phase: int, trajectory: Trajectory | Planned) -> Trajectory:
+    """The experience, of a stream that the model acts in as it was played."""
+    if isinstance(trajectory, Trajectory):
+        return trajectory
+    if rounds is None:
+        raise FeatclError("a stream that the model acts in can only be replayed with the episodes it kept")
+    return rounds.trajectory(trajectory, phase=phase)
 
 
 def require_stream(experiment: Experiment, history: History) -> None:

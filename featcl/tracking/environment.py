@@ -14,7 +14,10 @@ from typing import Any
 import torch
 
 REQUIRED = ("torch", "transformers", "tokenizers", "peft", "safetensors", "numpy", "pydantic", "jaxtyping", "einops")
-OPTIONAL = ("sae-lens", "transformer-lens", "wandb", "matplotlib", "submitit", "lm-eval", "trl", "vllm")
+OPTIONAL = (
+    "sae-lens", "transformer-lens", "wandb", "tensorboard", "trackio", "matplotlib", "submitit", "lm-eval", "trl",
+    "vllm",
+)  # fmt: skip
 
 
 def environment() -> dict[str, Any]:

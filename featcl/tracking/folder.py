@@ -24,7 +24,7 @@ from featcl.tracking.progress import say
 QUARANTINE = "quarantine.jsonl"
 # What a run writes; `--overwrite` removes these and nothing else.
 FILES = ("config.json", "env.json", "metrics.jsonl", "R.json", "summary.json", "report.html", QUARANTINE)
-FOLDERS = ("adapter", "directions", "episodes", "ledger", "memory", "plots", "state", "tables", "wandb")
+FOLDERS = ("adapter", "directions", "episodes", "ledger", "memory", "plots", "state", "tables", "tensorboard", "wandb")
 CURRENT, CHECK, FIRST = "state/current.json", "check.json", "00000000"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}  # what a disk says that takes no more
 
@@ -270,7 +270,7 @@ def _damaged(checkpoint: Path) -> Path | None:
 def _torn_files(path: Path) -> list[Path]:
     """What a killed process left of atomic writes to a run's files: `.name.` and eight random characters."""
     own = [file for name in FILES for file in path.glob(f".{name}.*")]
-    within = [file for name in FOLDERS if name != "wandb" for file in (path / name).rglob(".*")]
+    within = [file for name in FOLDERS if name not in ("tensorboard", "wandb") for file in (path / name).rglob(".*")]
     return [file for file in (*own, *within) if re.fullmatch(r"\..+\.[a-z0-9_]{8}", file.name) and file.is_file()]
 
 

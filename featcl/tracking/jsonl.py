@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from featcl.errors import FeatclError
-from featcl.files import append_bytes, write_json, write_text
+from featcl.files import append_bytes, read_state, write_json, write_text
 from featcl.tracking.base import Record
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class JsonlTracker:
             os.fsync(self._file.fileno())
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        file = self.path.parent / "tables" / f"{name.replace('/', '_')}.json"
+        file = table_file(self.path.parent, name)
         write_json(file, {"name": name, "columns": list(columns), "rows": [list(row) for row in rows]})
 
     def image(self, name: str, path: str | Path) -> None:
@@ -106,6 +106,21 @@ def read_metrics(path: str | Path) -> MetricsFile:
         raise FeatclError(f"{path}: no such metrics file")
     lines, torn = _lines(path)
     return MetricsFile(tuple(_parsed(path, number, line) for number, line in lines), torn)
+
+
+def table_file(folder: str | Path, name: str) -> Path:
+    """Where a run keeps a table: the last one of that name that it was given."""
+    return Path(folder) / "tables" / f"{name.replace('/', '_')}.json"
+
+
+def read_rows(folder: str | Path, name: str) -> list[list[Any]]:
+    """The rows of a run's table; none where it has no such table.
+
+    Raises:
+        FeatclError: If the file is damaged.
+    """
+    file = table_file(folder, name)
+    return read_state(file, "rows")["rows"] if file.is_file() else []
 
 
 def _lines(path: Path) -> tuple[list[tuple[int, bytes]], str | None]:

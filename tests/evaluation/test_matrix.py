@@ -6,11 +6,13 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featcl.errors import FeatclError
+from featcl.evaluation.itemscores import ItemScores
 from featcl.evaluation.matrix import ScoreMatrix
 
 
@@ -70,7 +72,7 @@ def test_lower_is_better_for_a_log_likelihood_loss() -> None:
 
 @pytest.mark.parametrize("items", [{"a1": 1}, {"a1": 1, "a3": 1}, {"a1": 1, "a2": 1, "a3": 1}])
 def test_rows_with_other_items_are_refused(items: dict[str, float]) -> None:
-    with pytest.raises(FeatclError, match=r"item 'a[23]' of 'a' is (missing from|new in) row 'x'|same items"):
+    with pytest.raises(FeatclError, match=r"row 'x' of R, column 'a': item 'a[23]' is (missing|new); every row"):
         example().with_row("x", {"a": items})
 
 
@@ -86,6 +88,9 @@ def test_an_unknown_column_is_refused() -> None:
         (lambda text: text.replace('"a1": [0, 1, 0]', '"a1": [0, 1]'), "2 scores for 3 rows"),
         (lambda text: text.replace('"a1": [0, 1, 0]', '"a1": [0, 1, 1]'), "not the means"),
         (lambda text: text.replace('"measure"', '"measures"'), "not a score matrix"),
+        (lambda text: text.replace("[0, 0.5, 1],", "[0, 0.5],"), "not a score matrix"),
+        (lambda text: text.replace('"a1": [0, 1, 0]', '"a1": [0, {}, 0]'), "number or null"),
+        (lambda text: text.replace('"general/facts": {', '"general/fact": {'), "no column of R"),
     ],
 )
 def test_a_damaged_file_is_refused_with_its_name(tmp_path: Path, edit, words: str) -> None:
@@ -105,3 +110,47 @@ def test_the_order_of_items_does_not_matter(order: list[str]) -> None:
     matrix = matrix.with_row("a", {"a": {"a2": 1, "a1": 1}})
     assert matrix.values.tolist() == [[0.5], [1.0]]
     assert matrix.flips()[0].wrong_to_right == ("a1",)
+
+
+def test_a_cell_that_is_missing_in_the_file_is_unknown_and_leaves_the_means(tmp_path: Path) -> None:
+    path = tmp_path / "R.json"
+    example().with_row("c", {"a": {"a1": 0, "a2": 1}, "general/facts": {"g1": 1, "g2": 1}}).save(path)
+    assert '"values": [\n    [0, 0.5, 1],' in path.read_text()
+    assert "[0.5, null, 1]" in path.read_text()
+    values = ScoreMatrix.load(path).values
+    assert math.isnan(values[3, 1])
+    assert values[3, 0] == 0.5
+
+
+def test_guessing_is_zero_where_its_chance_is_known() -> None:
+    matrix = ScoreMatrix(("a", "b"), 1, chance={"a": 0.25}).with_row("base", {"a": {"x": 1, "y": 0}, "b": {"z": 1}})
+    np.testing.assert_allclose(matrix.chance_adjusted, [[1 / 3, math.nan]])
+    with pytest.raises(FeatclError, match="holds nll"):
+        _ = ScoreMatrix(("a",), 1, "nll").with_row("base", {"a": {"x": 1}}).chance_adjusted
+    with pytest.raises(FeatclError, match="'z' is no column"):
+        ScoreMatrix(("a",), 1, chance={"z": 0.5})
+
+
+def test_the_chance_is_kept_in_the_file(tmp_path: Path) -> None:
+    matrix = ScoreMatrix(("a",), 1, chance={"a": 0.25}).with_row("base", {"a": {"x": 1}})
+    matrix.save(tmp_path / "R.json")
+    assert ScoreMatrix.load(tmp_path / "R.json").chance == {"a": 0.25}
+    assert "chance" not in example().to_json()
+
+
+def test_items_are_a_mapping_over_one_array() -> None:
+    scores = example().scores("a")
+    assert dict(scores) == {"a1": (0, 1, 0), "a2": (0, 1, 1)}
+    assert scores.array.tolist() == [[0, 0], [1, 1], [0, 1]]
+    with pytest.raises(ValueError, match="read-only"):
+        scores.array[0, 0] = 1
+    assert scores == example().scores("a")
+    assert scores != example().scores("b")
+    with pytest.raises(FeatclError, match="'x' occurs twice"):
+        ItemScores(("x", "x"), np.zeros((1, 2)))
+
+
+def test_a_column_that_is_first_asked_late_is_unknown_before() -> None:
+    matrix = ScoreMatrix(("a", "b"), 1).with_row("base", {"a": {"x": 1}}).with_row("a", {"a": {"x": 1}, "b": {"y": 0}})
+    assert matrix.items["b"]["y"][1] == 0
+    assert math.isnan(matrix.items["b"]["y"][0])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from featcl.errors import FeatclError
-from featcl.evaluation.metrics import FORMULAS, column_forgetting, stream_metrics
+from featcl.evaluation.metrics import FORMULAS, column_forgetting, known_mean, metric_arrays, stream_metrics
 
 NAN = math.nan
 
@@ -64,6 +64,38 @@ def test_golden_values_of_a_matrix_with_a_probe() -> None:
 def test_golden_values_of_lopez_paz_and_ranzato_on_two_tasks() -> None:
     metrics = stream_metrics([[0.5, 0.5], [0.9, 0.4], [0.6, 0.8]])
     assert (metrics.acc, metrics.bwt, metrics.fwt) == pytest.approx((0.7, -0.3, -0.1))
+
+
+def gem(R: np.ndarray) -> dict[str, float]:
+    """ACC, BWT and FWT as equations 2 to 4 of Lopez-Paz & Ranzato, term by term; R[i - 1] is their row i."""
+    T = len(R) - 1
+    acc = sum(R[T][j] for j in range(T)) / T
+    bwt = sum(R[T][i] - R[i + 1][i] for i in range(T - 1)) / (T - 1)
+    fwt = sum(R[i][i] - R[0][i] for i in range(1, T)) / (T - 1)
+    return {"acc": acc, "bwt": bwt, "fwt": fwt}
+
+
+def chaudhry(R: np.ndarray) -> float:
+    """F_k of Chaudhry et al., equation 3: mean over j < k of max over l in 1..k-1 of a_{l,j} - a_{k,j}."""
+    k = len(R) - 1
+    return sum(max(R[row][j] - R[k][j] for row in range(1, k)) for j in range(k - 1)) / (k - 1)
+
+
+def mammoth(R: np.ndarray) -> float:
+    """As `forgetting` of mammoth's utils/metrics.py: the last row is among those of which it takes the maximum."""
+    rows = np.array(R)[1:]
+    return float(np.mean([rows[:, j].max() - rows[-1, j] for j in range(len(rows) - 1)]))
+
+
+def avalanche(R: np.ndarray) -> float:
+    """As Avalanche's StreamForgetting: for each experience but the last, first score after it minus last score."""
+    T = len(R) - 1
+    return float(np.mean([R[j + 1][j] - R[T][j] for j in range(T - 1)]))
+
+
+def test_a_negative_score_has_no_share_that_survives() -> None:
+    assert math.isnan(stream_metrics([[-5.0, -5.0], [-2.0, -4.0], [-3.0, -1.0]]).first_task_survival)
+    assert stream_metrics([[0.0, 0.0], [0.5, 0.0], [0.25, 0.5]]).first_task_survival == 0.5
 
 
 def test_one_task_has_no_past_to_forget() -> None:
@@ -150,3 +182,45 @@ def test_a_constant_shift_moves_levels_and_no_difference(scores: np.ndarray, shi
 def test_a_model_that_never_changes_forgets_nothing(scores: np.ndarray) -> None:
     metrics = stream_metrics(np.repeat(scores[:1], len(scores), axis=0))
     assert metrics.forgetting_max_past == metrics.forgetting_mammoth == metrics.bwt == metrics.fwt == 0
+
+
+@settings(deadline=None)
+@given(matrices)
+def test_the_published_definitions_term_by_term(scores: np.ndarray) -> None:
+    metrics = stream_metrics(scores)
+    for name, value in gem(scores).items():
+        assert getattr(metrics, name) == pytest.approx(value, abs=1e-12), name
+    assert metrics.forgetting_chaudhry == pytest.approx(chaudhry(scores), abs=1e-12)
+    assert metrics.forgetting_mammoth == pytest.approx(mammoth(scores), abs=1e-12)
+    assert metrics.forgetting_avalanche == pytest.approx(avalanche(scores), abs=1e-12)
+
+
+@settings(deadline=None)
+@given(matrices, st.data())
+def test_many_matrices_at_once_are_each_as_alone_missing_cells_included(scores: np.ndarray, data) -> None:
+    holes = data.draw(arrays(bool, (3, *scores.shape)))
+    stack = np.where(holes, np.nan, np.stack([scores, scores[::-1], scores * 0.5]))
+    reference = np.linspace(0.2, 0.9, len(scores) - 1)
+    together = metric_arrays(stack, reference=reference)
+    for place, alone in enumerate(stack):
+        one = stream_metrics(alone, reference=reference)
+        for name, values in together.items():
+            assert values[place] == pytest.approx(getattr(one, name), abs=1e-12, nan_ok=True), name
+        assert one.missing == holes[place].sum()
+
+
+@settings(deadline=None)
+@given(matrices, st.randoms())
+def test_probes_in_another_order_change_nothing_and_tasks_do(scores: np.ndarray, random) -> None:
+    n_tasks = len(scores) - 1
+    probes = list(range(n_tasks, scores.shape[1]))
+    random.shuffle(probes)
+    moved = stream_metrics(scores[:, [*range(n_tasks), *probes]])
+    for name in FORMULAS:
+        assert getattr(moved, name) == pytest.approx(getattr(stream_metrics(scores), name), abs=1e-12, nan_ok=True)
+    swapped = [[1, 0, *range(2, 3)][j] for j in range(3)]
+    assert stream_metrics(np.array(MIXED)[:, [*swapped, 3]]).bwt != stream_metrics(MIXED).bwt  # so this is no accident
+
+
+def test_a_mean_of_nothing_is_unknown_and_of_something_leaves_out_the_rest() -> None:
+    np.testing.assert_array_equal(known_mean(np.array([[NAN, NAN], [1.0, NAN], [1.0, 0.0]])), [NAN, 1.0, 0.5])

@@ -18,10 +18,12 @@ import featcl
 from featcl.errors import FeatclError
 from featcl.learning import Learner
 from featcl.learning.acting import Rounds, play_round
+from featcl.methods.in_context import InContext
 from featcl.streams import Trajectory
 from featcl.streams.environments import Planned, Step
 
 SHORT: dict[str, Any] = {"max_turns": 3, "max_new_tokens": 4}
+SAID = ({"role": "user", "content": "seven?"}, {"role": "assistant", "content": "seven is a number"})
 
 
 @dataclass
@@ -240,3 +242,23 @@ def test_bad_settings(rig: Callable[..., Any]) -> None:
         stream(learner, temperature=-1.0)
     with pytest.raises(FeatclError, match="at least one environment"):
         featcl.environment_stream(learner, [], seeds=[0])
+
+
+def test_it_acts_with_what_methods_put_in_front_and_records_the_conversation(rig: Callable[..., Any]) -> None:
+    def played(*methods: Any) -> Trajectory:
+        learner = rig().learner(methods=methods)
+        learner.observe(Trajectory("told", messages=SAID))
+        [trajectory] = learner.act([Echo()], [7], temperature=0.0, **SHORT)
+        assert trajectory.task == "echo"
+        assert trajectory.meta["context"] == "say e"
+        return trajectory
+
+    memory = InContext()
+    with_it, without = played(memory), played(InContext(frozen=True, tokens=1))
+    assert [message["content"] for message in with_it.messages[:1]] == ["say 7"]
+    assert [message["role"] for message in with_it.messages] == ["user", "assistant", "user", "assistant"]
+    assert with_it.token_ids is not None
+    assert without.token_ids is not None
+    text = rig().tokenizer.decode(list(with_it.token_ids))
+    assert "seven is a number" in text
+    assert "seven is a number" not in rig().tokenizer.decode(list(without.token_ids))  # negative control

@@ -273,7 +273,7 @@ def test_chat_learns_nothing(rig: Make, talk: Trajectory) -> None:
 
 def test_what_is_not_there_is_said(rig: Make, tiny: Make) -> None:
     made = rig()
-    with pytest.raises(FeatclError, match="methods is not available yet"):
+    with pytest.raises(FeatclError, match="is no method"):
         made.learner(methods=["x"])
     cases: list[tuple[dict[str, Any], str]] = [
         ({"objective": "distilation"}, "did you mean 'distillation'"),

@@ -31,8 +31,8 @@ class Coins:
         self.changes = 0
         self.off = False
 
-    def _named(self) -> list[tuple[str, nn.Parameter]]:
-        return [("theta", self.theta)]
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return {"theta": self.theta}
 
     def parameters(self) -> list[nn.Parameter]:
         return [self.theta]
@@ -95,7 +95,7 @@ def view_of(coins: Coins, *, seed: int = 0) -> View:
     terms = [Term("sft", 1.0, Sft())]
     return View(
         student=student,
-        parameters=dict(coins._named()),
+        parameters=coins.named_parameters(),
         terms=terms,
         encode=lambda trajectory: experience_of((0, 1)),
         gradient=lambda experience: {"theta": gradient(terms, experience, student)},

@@ -43,7 +43,7 @@ class Bench:
     def view(self) -> View:
         return View(
             student=self.student,
-            parameters=dict(self.adapter._named()),
+            parameters=self.adapter.named_parameters(),
             terms=self.terms,
             encode=self.encode,
             gradient=self.gradient,
@@ -58,7 +58,7 @@ class Bench:
         kept = [parameter.grad for parameter in self.adapter.parameters()]
         self.optimizer.zero_grad()
         accumulate_gradient_(self.terms, experience, self.student)
-        found = {name: p.grad.clone() for name, p in self.adapter._named() if p.grad is not None}
+        found = {name: p.grad.clone() for name, p in self.adapter.named_parameters().items() if p.grad is not None}
         for parameter, grad in zip(self.adapter.parameters(), kept, strict=True):
             parameter.grad = grad
         return found
@@ -92,8 +92,10 @@ class Bench:
         for method in methods:
             method.project_(self.view())
         before = self.adapter.coordinates()
-        gradients = {name: p.grad.clone() for name, p in self.adapter._named() if p.grad is not None}
+        gradients = {name: p.grad.clone() for name, p in self.adapter.named_parameters().items() if p.grad is not None}
         self.optimizer.step()
+        for method in methods:
+            method.project_step_(before, self.view())
         for method in methods:
             method.after_step_(before, gradients, self.view())
         self.version += 1

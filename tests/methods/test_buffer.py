@@ -124,8 +124,11 @@ def test_a_file_returns_to_where_it_was(tmp_path: Path) -> None:
     end = file.nbytes
     second = file.put_(b"two")
     assert file.get(second) == b"two"
-    file.cut_(end)
-    assert file.get(first) == b"one"
+    file.cut_(end)  # a running learner goes back, and a state that was saved before may still refer to the second
+    assert (file.get(first), file.get(second)) == (b"one", b"two")
+    again = MappedFile(tmp_path / "records.bin")  # a learner that resumes there
+    again.cut_(end)
+    assert again.get(first) == b"one"
     with pytest.raises(FeatclError, match="not the record"):
-        file.get(second)
-    assert file.put_(b"six")[0] == end
+        again.get(second)
+    assert again.put_(b"six")[0] == end

@@ -23,7 +23,7 @@ OLD, NEW = ("abcd",), ("vwxyz vw", "zzyyxxww")
 class GradientOnly(GPM):
     """GPM as it is mostly written: the gradient is projected, the step is not."""
 
-    def after_step_(self, before, gradients, view) -> None:
+    def project_step_(self, before, view) -> None:
         return None
 
 

@@ -128,7 +128,7 @@ def test_the_top_singular_triples_are_preserved(kind: str, preserved: int, k: in
 def test_a_span_without_room_and_hook_kinds_are_refused() -> None:
     with pytest.raises(FeatclError, match="nothing can be learned"):
         OPLoRA(preserved=4).begin_task_("a", Tiny("write", k=4).view)
-    with pytest.raises(FeatclError, match="hook kinds"):
+    with pytest.raises(FeatclError, match="is no LoRA"):
         OPLoRA().begin_task_("a", Tiny("residual").view)
     with pytest.raises(FeatclError, match="not 500"):
         OPLoRA(preserved=500).begin_task_("a", Tiny("none").view)

@@ -68,7 +68,7 @@ def test_bm25_is_its_formula() -> None:
 
 def test_without_the_library_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bm25s", None)
-    with pytest.raises(FeatclError, match="pip install bm25s"):
+    with pytest.raises(FeatclError, match=r"pip install featcl\[retrieval\]"):
         Retrieval()
     assert Retrieval(by="embedding").by == "embedding"
 

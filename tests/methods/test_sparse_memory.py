@@ -30,7 +30,7 @@ def test_the_norm_of_a_slot() -> None:
 
 
 def moved_slots(bench: Bench, method: SparseMemory, before: dict[str, torch.Tensor]) -> int:
-    after = dict(bench.adapter._named())
+    after = bench.adapter.named_parameters()
     moves = {name: after[name].detach() - before[name] for name in before}
     return sum(int((slot_norms(move, method._axis(name, move)) > 0).sum()) for name, move in moves.items())
 

@@ -53,7 +53,7 @@ class Tiny:
     @property
     def view(self) -> View:
         return View(
-            self.student, dict(self.adapter._named()), self.terms, self.encode, lambda _: {},
+            self.student, self.adapter.named_parameters(), self.terms, self.encode, lambda _: {},
             lambda purpose: derived_generator(0, "version", purpose),
         )  # fmt: skip
 
@@ -88,6 +88,7 @@ class Tiny:
         self.steps.step()
         self.adapter.after_step_()
         self.steps.zero_grad()
+        method.project_step_(before, view)
         method.after_step_(before, gradients, view)
 
     @torch.no_grad()

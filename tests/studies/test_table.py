@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from featcl import files
 from featcl.errors import FeatclError
 from featcl.studies.arms import seed_folders, study_arms
 from featcl.studies.table import study_table
+from tests.studies.test_points import finished as made
 
 
 @pytest.fixture
@@ -25,7 +27,9 @@ def finish(study: Path, arm: str, seed: int, *, acc: float, digest: str | None =
     config = next(a for a in study_arms(study) if a.name == arm).with_seed(seed)
     metrics = {"acc": acc, "bwt": None}
     summary = {"config_digest": digest or config.digest, "metrics": metrics, "delta_norm": 2.0}
-    files.write_json(study.parent / "results" / "demo" / arm / f"seed-{seed}" / "summary.json", summary)
+    folder = study.parent / "results" / "demo" / arm / f"seed-{seed}"
+    files.write_json(folder / "config.json", config.to_dict())
+    files.write_json(folder / "summary.json", summary)
 
 
 def test_means_over_seeds(study: Path) -> None:
@@ -40,6 +44,39 @@ def test_means_over_seeds(study: Path) -> None:
     assert "bwt" not in base["metrics"], "a metric that is not determined is left out"
     assert (another["seeds"], another["kind"]) == ([], "none")
     assert another["status"].startswith("not run; featcl run ")
+
+
+def test_intervals_and_paired_differences(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With R beside the summaries; identical answers differ in nothing."""
+    for arm, learned in (("base", 0.95), ("another", 0.5)):
+        for seed in (0, 1, 2):
+            place = study.parent / "results" / "demo" / arm / f"seed-{seed}"
+            made(place, seed=seed, learned=learned, study="demo", arm=arm)
+            summary = json.loads((place / "summary.json").read_text())
+            config = next(a for a in study_arms(study) if a.name == arm).with_seed(seed)
+            files.write_json(place / "summary.json", {**summary, "config_digest": config.digest, "delta_norm": 2.0})
+    table = study_table(study, output=study.parent / "results")
+    base, another = table.rows
+    assert base["differences"] == {}, "nothing is compared with itself"
+    assert another["differences"]["acc"]["high"] < 0
+    mean = another["metrics"]["acc"]["mean"] - base["metrics"]["acc"]["mean"]
+    assert another["differences"]["acc"]["value"] == pytest.approx(mean)
+    limits = base["intervals"]["acc"]
+    assert limits["value"] == pytest.approx(base["metrics"]["acc"]["mean"])
+    assert limits["low"] < limits["value"] < limits["high"]
+    table.print()
+    printed = capsys.readouterr().out
+    assert "5 comparisons with base, paired by seed and item" in printed
+    assert "screening" not in printed, "three seeds"
+    page = table.write_page(study.parent / "table.html")
+    assert (study.parent / "table-plots" / "frontier.svg").is_file()
+    assert "5 comparisons with base" in page.read_text()
+
+
+def test_few_seeds_are_screening(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finish(study, "base", 0, acc=0.25)
+    study_table(study, output=study.parent / "results").print()
+    assert "screening only, with fewer than 3 seeds: base" in capsys.readouterr().out
 
 
 def test_results_of_another_config_are_left_out(study: Path, capsys: pytest.CaptureFixture[str]) -> None:

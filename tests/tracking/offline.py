@@ -66,6 +66,19 @@ def metrics(path: Path) -> dict[str, str]:
     return {metric.name or metric.glob_name: metric.step_metric for metric in kinds}
 
 
+def artifacts(path: Path) -> dict[str, tuple[str, dict[str, str]]]:
+    """Name -> (type, name of each file -> where it lies on this machine)."""
+    kinds = [record.request.log_artifact.artifact for record in records(path) if _logs_artifact(record)]
+    kinds += [record.artifact for record in records(path) if record.WhichOneof("record_type") == "artifact"]
+    return {
+        found.name: (found.type, {entry.path: entry.local_path for entry in found.manifest.contents}) for found in kinds
+    }
+
+
+def _logs_artifact(record: Any) -> bool:
+    return record.WhichOneof("record_type") == "request" and record.request.WhichOneof("request_type") == "log_artifact"
+
+
 def summary(path: Path) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for record in records(path):
