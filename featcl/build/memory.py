@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ from featcl.config import MemoryConfig, RunConfig
 from featcl.errors import FeatclError
 from featcl.features import Directions
 from featcl.features.provenance import Digests
-from featcl.files import write_bytes, write_json
 from featcl.learning.memorizing import MemoryTraining
 from featcl.memory.attach import AttachedMemory, attach_memory
 from featcl.memory.features import FeatureMemory
 from featcl.memory.neural import NeuralMemory
-from featcl.memory.saved import MANIFEST, STATE, WEIGHTS
-from featcl.models import blocks
+from featcl.memory.saved import made_of, read_saved
+from featcl.models import blocks, residual_map
 from featcl.objectives.scoring import Scorer
 from featcl.streams import Chat
 
@@ -88,42 +86,20 @@ def training_of(
 
 
 def save_memory(attached: AttachedMemory, folder: str | Path) -> None:
-    """Write slow weights, gate and state; one that is constrained to features has these beside it, in `directions`."""
-    from safetensors.torch import save
-
-    folder = Path(folder)
-    if isinstance(attached.memory, NeuralMemory):
-        attached.save(folder)
-        return
-    attached.memory.directions.save(folder / "directions")
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in sorted(attached.tensors().items())}
-    write_bytes(folder / WEIGHTS, save(tensors))
-    if attached.state is not None:
-        attached.state.save(folder / STATE)
-    write_json(folder / MANIFEST, _settings(attached))
-
-
-def _settings(attached: AttachedMemory) -> dict[str, Any]:
-    """What slow weights mean something with."""
-    features = getattr(attached.memory, "directions", None)
-    made = {"layer": attached.layer, "form": attached.form, "memory": attached.memory.settings()}
-    return made if features is None else {**made, "directions": features.digest}
+    """Write slow weights, gate and states; one that is constrained to features has these beside it."""
+    attached.save(folder)
 
 
 def _load_weights_(attached: AttachedMemory, folder: str | Path) -> None:
-    """Slow weights that `AttachedMemory.save` wrote; a memory of other settings would read them as something else."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
+    """Slow weights that `save_memory` wrote; a memory of other settings would read them as something else."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        was = {**manifest, **manifest["memory"]}
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise FeatclError(f"memory.path: {folder} holds no saved memory ({error})") from error
-    own = _settings(attached)
-    own |= own.pop("memory")
+        was, tensors = read_saved(Path(folder))
+    except FeatclError as error:
+        raise FeatclError(f"memory.path: {error}") from error
+    here = residual_map(attached.model)
+    own = {"family": here.family, "d_model": here.d_model, "layer": attached.layer, "form": attached.form}
+    own |= made_of(attached.memory)
+    own, was = ({**made, **made["memory"], "memory": None} for made in (own, was))
     if differ := [f"{key} {was.get(key)}, here {own[key]}" for key in own if own[key] != was.get(key)]:
         raise FeatclError(f"memory.path: {folder} has {differ[0]}: set memory to what it was trained as")
     attached.load_tensors_(tensors)

@@ -4,6 +4,7 @@ from featcl.memory.attach import AttachedMemory, attach_memory
 from featcl.memory.features import FeatureMemory
 from featcl.memory.neural import NeuralMemory
 from featcl.memory.recall import Capacity, RecallCurve, capacity, recall_curve
+from featcl.memory.saved import load_memory
 from featcl.memory.state import MemoryState
 from featcl.memory.users import MemoryStates
 
@@ -17,5 +18,6 @@ __all__ = [
     "RecallCurve",
     "attach_memory",
     "capacity",
+    "load_memory",
     "recall_curve",
 ]

@@ -109,6 +109,10 @@ class AttachedMemory(HookedMemory):
         """
         if self._off or not self._handles:
             raise FeatclError(f"memory at layer {self.layer}: it is switched off, so nothing can surprise it")
+        if input_ids.ndim != 2:
+            raise FeatclError(f"memory: surprise is of input_ids [batch, seq], not of {list(input_ids.shape)}")
+        if input_ids.shape[1] == 0:
+            raise FeatclError(f"memory at layer {self.layer}: a row without tokens has no surprise")
         self._measured = []
         try:
             with ExitStack() as stack:
@@ -157,8 +161,8 @@ def attach_memory(
     if not hasattr(inner_model(model), "config"):
         raise FeatclError(f"memory: {type(model).__name__} is no Hugging Face language model")
     here = residual_map(model)
-    if not isinstance(layer, int) or not 0 <= layer < here.n_layers:
-        raise FeatclError(f"memory: layer {layer} is out of range, the model has blocks 0 to {here.n_layers - 1}")
+    if type(layer) is not int or not 0 <= layer < here.n_layers:
+        raise FeatclError(f"memory: layer {layer!r} is out of range, the model has blocks 0 to {here.n_layers - 1}")
     if any(other.layer == layer for other in memories_of(model)):
         raise FeatclError(f"memory: block {layer} has a memory already; detach it first, or choose another block")
     if isinstance(memory, FeatureMemory) and (own := resolve_hook(model, memory.directions.hook_name)[1]) != layer:

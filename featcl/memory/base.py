@@ -65,9 +65,9 @@ class StreamMemory(nn.Module):
         """
         super().__init__()
         for name, size in {"heads": heads, "head_dim": head_dim, "depth": depth, "chunk_size": chunk_size}.items():
-            require(size >= 1, f"{name} must be at least 1, not {size}")
-        hidden = round(expansion * head_dim)
-        require(hidden >= 1, f"expansion must be above 0, not {expansion}")
+            require(isinstance(size, int) and size >= 1, f"{name} must be a whole number, at least 1, not {size!r}")
+        require(0.0 < expansion < math.inf, f"expansion must be above 0 and finite, not {expansion}")
+        hidden = max(1, round(expansion * head_dim))
         require(max_step is None or 0.0 < max_step < math.inf, f"max_step must be above 0, not {max_step}")
         self.width, self.heads, self.head_dim, self.depth = width, heads, head_dim, depth
         self.chunk_size, self.expansion, self.has_momentum, self.has_decay = chunk_size, expansion, momentum, decay

@@ -60,9 +60,14 @@ def check_finite(packed: Tensor, x: Tensor, mask: Tensor | None, *, dtype: torch
 
 
 def check_state(
-    state: Any, shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype, device: torch.device, chunk_size: int
+    state: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | None,
+    chunk_size: int,
 ) -> None:
-    """Refuse what is no state of a memory with these shapes, this dtype and device.
+    """Refuse what is no state of a memory with these shapes, this dtype and device (None: any), or holds NaN.
 
     Raises:
         FeatclError: If so.
@@ -76,9 +81,13 @@ def check_state(
         tensor = found[name]
         if tuple(tensor.shape) != shape:
             raise FeatclError(f"memory: the state's {name} is {list(tensor.shape)}, this memory's {list(shape)}")
-        if name != "count" and (tensor.dtype != dtype or tensor.device != device):
-            raise FeatclError(
-                f"memory: the state's {name} is {tensor.dtype} on {tensor.device}, not {dtype} on {device} as here"
-            )
+        if name != "count" and (tensor.dtype != dtype or device not in (None, tensor.device)):
+            here = dtype if device is None else f"{dtype} on {device}"
+            raise FeatclError(f"memory: the state's {name} is {tensor.dtype} on {tensor.device}, not {here} as here")
     if bool(((state.count < 0) | (state.count >= chunk_size)).any()):
         raise FeatclError(f"memory: the state's count must be from 0 to chunk_size - 1 = {chunk_size - 1}")
+    parts = {name: tensor.detach() for name, tensor in found.items() if name != "count" and tensor.numel()}
+    if not parts or bool(torch.stack(torch._foreach_norm([*parts.values()])).isfinite().all()):  # all at once: one wait
+        return
+    if wrong := [name for name, tensor in parts.items() if not bool(tensor.isfinite().all())]:
+        raise FeatclError(f"memory: the state's {wrong[0]} holds NaN or infinity; the state is damaged")

@@ -68,8 +68,8 @@ class ContextRead(nn.Module):
 
     def __init__(self, width: int, *, heads: int, window: int, seed: int = 0) -> None:
         super().__init__()
-        if window < 1:
-            raise FeatclError(f"memory: a window of {window} tokens; at least 1 is needed")
+        if type(window) is not int or window < 1:
+            raise FeatclError(f"memory: a window of {window!r} tokens; a whole number, at least 1, is needed")
         if heads < 1 or width % heads:
             raise FeatclError(f"memory: {heads} heads do not divide the width {width} of the attention read")
         self.heads, self.window = heads, window

@@ -7,7 +7,9 @@ a call is found when it begins; what a pass changes, the cache's state and the k
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -41,8 +43,8 @@ class HookedMemory(Kept):
         self.model, self.branch, self.layer = model, branch, layer
         self._key = uuid.uuid4().hex  # not the object itself: caches are copied, and so are models
         self._off = 0
-        self._pass: Pass | None = None
-        self._outer_mask: tuple[Any] | None = None  # what the module around the decoder was given, if it was called
+        self._passes: dict[int, Pass] = {}  # under way, by thread: those of several threads must not meet
+        self._outer_masks: dict[int, Any] = {}  # what the module around the decoder was given, if it was called
         self._measured: list[Tensor] | None = None
         self._handles: list[RemovableHandle] = []
         self._attach_()
@@ -78,21 +80,34 @@ class HookedMemory(Kept):
         shelf = vars(inner_model(self.model)).get(SHELF, [])
         shelf[:] = [other for other in shelf if other is not self]
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """As `Kept.writing`.
+
+        Raises:
+            FeatclError: If the memory is detached, where nothing would be written.
+        """
+        if not self._handles:
+            raise FeatclError(f"memory at layer {self.layer}: it is detached, so it reads and writes nothing")
+        with super().writing():
+            yield
+
     # --- a pass begins and ends
 
     def _on_outer_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._outer_mask = (arguments(module, args, kwargs).get("attention_mask"),)
+        self._outer_masks[get_ident()] = arguments(module, args, kwargs).get("attention_mask")
 
     def _on_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._pass = None
-        outer, self._outer_mask = self._outer_mask, None
-        if self._off:
-            return
+        thread = get_ident()
+        self._passes.pop(thread, None)
         given = arguments(module, args, kwargs)
         mask = given.get("attention_mask")
-        if isinstance(mask, Mapping) and outer is not None:
-            [mask] = outer
-        self._pass = self._begun(asked(given, mask, layer=self.layer))
+        outer = self._outer_masks.pop(thread, mask)
+        if self._off:
+            return
+        if isinstance(mask, Mapping):
+            mask = outer
+        self._passes[thread] = self._begun(asked(given, mask, layer=self.layer))
 
     def _begun(self, call: Asked) -> Pass:
         """The pass that a call begins, with where it starts from; every objection is raised here, before it runs."""
@@ -153,7 +168,7 @@ class HookedMemory(Kept):
             )
 
     def _on_return(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        done, self._pass = self._pass, None
+        done = self._passes.pop(get_ident(), None)
         if done is None or done.end is None or output is None:  # off, ended before the block, or failed
             return
         cache = done.asked.cache if done.asked.cache is not None else _cache_of(output)
@@ -181,7 +196,7 @@ class HookedMemory(Kept):
         self, block: nn.Module, read: Float[Tensor, "batch seq d_model"], stream: Float[Tensor, "batch seq d_model"]
     ) -> Float[Tensor, "batch seq d_model"]:
         """The stream with what the memory adds, cast back to its dtype; notes where the memory stands then."""
-        run = self._pass
+        run = self._passes.get(get_ident())
         if run is None or run.end is not None:
             raise FeatclError(
                 f"memory at layer {self.layer}: its block ran outside a forward pass of the model, or twice in one"

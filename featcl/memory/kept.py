@@ -16,12 +16,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from featcl.errors import FeatclError
+from featcl.memory import checks
 from featcl.memory.state import MemoryState
-from featcl.memory.users import MemoryStates
+from featcl.memory.users import MemoryStates, check_user
 
 
 class Kept:
@@ -122,8 +122,10 @@ class Kept:
             name: Any name; one that is not in `users` starts with an empty memory.
 
         Raises:
-            FeatclError: If blocks of users overlap without one lying in the other, as in threads.
+            FeatclError: If the name is no string, its state is of another memory, or blocks of users overlap without
+                one lying in the other, as in threads.
         """
+        check_user(name)
         outer, state = self._user, self._state
         self._put_away_()
         self._user, self._state = name, self._state_of(name)
@@ -189,16 +191,10 @@ def check_state(memory: Any, state: Any) -> None:
     """Refuse what is no state of this memory.
 
     Raises:
-        FeatclError: If it is no state, or a tensor of it is missing, or of another shape or dtype.
+        FeatclError: If it is no state, a tensor of it is missing, or of another shape or dtype, or holds NaN.
     """
-    if not isinstance(state, MemoryState):
-        raise FeatclError(f"memory: a state is a MemoryState or None, not {type(state).__name__}")
-    expected = {name: (shape, memory.state_dtype) for name, shape in memory.state_shapes(state.batch).items()}
-    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.tensors().items()}
-    expected["count"] = (expected["count"][0], torch.int64)
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise FeatclError(f"memory: the state's {name} is {found.get(name)}, this memory's is {expected.get(name)}")
+    shapes = memory.state_shapes(getattr(state, "batch", 0))
+    checks.check_state(state, shapes, dtype=memory.state_dtype, device=None, chunk_size=memory.chunk_size)
 
 
 def detached(state: MemoryState | None) -> MemoryState | None:

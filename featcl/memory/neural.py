@@ -71,7 +71,8 @@ class NeuralMemory(StreamMemory):
         Raises:
             FeatclError: For a size that is none.
         """
-        require(min(width, heads) >= 1, f"width {width} and heads {heads} must be at least 1")
+        whole = isinstance(width, int) and isinstance(heads, int) and min(width, heads) >= 1
+        require(whole, f"width {width!r} and heads {heads!r} must be whole numbers, at least 1")
         require(head_dim is not None or width % heads == 0, f"width {width} is no multiple of {heads} heads")
         require(min(conv, persistent) >= 0, f"conv {conv} and persistent {persistent} must be 0 (none) or more")
         generator = torch.Generator().manual_seed(seed)
@@ -110,7 +111,7 @@ class NeuralMemory(StreamMemory):
         x = x.to(torch.promote_types(x.dtype, self.out.dtype))
         wide = torch.promote_types(x.dtype, torch.float32)
         rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide) * self.width**-0.5
-        x = x * rms.clamp(min=1e-6).reciprocal().to(x.dtype)
+        x = (x * rms.clamp(min=1e-6).reciprocal()).to(x.dtype)  # in float16 the factor itself may be infinite
         # three products rather than one: their derivatives need not be put together
         mixed = [x @ part.to(x.dtype).T for part in self.projection]
         mixed, tail = self._convolved(mixed, state, lengths)

@@ -154,6 +154,8 @@ def _stored(
     memory: StreamMemory, items: int, *, streams: int, gates: tuple[float, float, float] | None, seed: int
 ) -> tuple[MemoryState, Tensor, Tensor]:
     """The state after a stream of random items, and their keys and values [streams, items, heads, d]."""
+    require(streams >= 1, f"streams must be at least 1, not {streams}")
+    require(gates is None or len(gates) == 3, f"gates {gates} must be step, momentum and decay")
     state = memory.initial_state(streams)
     generator, like = torch.Generator().manual_seed(seed), state.weights[0]
     shape = (streams, items, memory.heads, memory.head_dim)

@@ -44,8 +44,8 @@ class MemoryState:
     count: Int[Tensor, " batch"]
 
     def __post_init__(self) -> None:
-        rows = {name: tensor.shape[0] for name, tensor in self.named().items() if tensor.ndim}
-        if len(set(rows.values())) != 1 or not self.weights:
+        rows = {name: tensor.shape[0] if tensor.ndim else None for name, tensor in self.named().items()}
+        if len(set(rows.values())) != 1 or None in rows.values() or not self.weights:
             raise FeatclError(f"memory state: its tensors must have one batch size, not {rows}")
         if self.count.shape != (self.batch,) or self.count.dtype != torch.int64:
             raise FeatclError("memory state: count must be [batch] int64")

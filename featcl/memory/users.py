@@ -39,8 +39,9 @@ class MemoryStates:
         return self._states[user]
 
     def __setitem__(self, user: str, state: MemoryState) -> None:
-        if not isinstance(user, str):
-            raise FeatclError(f"memory states: a user is a string, not {user!r}")
+        check_user(user)
+        if not isinstance(state, MemoryState):
+            raise FeatclError(f"memory states: of user {user!r} a MemoryState is kept, not a {type(state).__name__}")
         self._states.pop(user, None)
         self._states[user] = state.detach()
         if self.limit is not None and len(self._states) > self.limit:
@@ -105,3 +106,13 @@ class MemoryStates:
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, IndexError) as error:
             raise FeatclError(f"{file} does not hold saved memory states: {error}") from error
         return states
+
+
+def check_user(name: object) -> None:
+    """Refuse what is no name of a user.
+
+    Raises:
+        FeatclError: If it is no string.
+    """
+    if not isinstance(name, str):
+        raise FeatclError(f"memory states: a user is a string, not {name!r}")

@@ -124,8 +124,10 @@ def run_study(
         say: Where progress goes, a line at a time.
 
     Raises:
-        FeatclError: For an unknown arm, or a config without memory.
+        FeatclError: For an unknown arm, a config without memory, or no test or seed.
     """
+    if items < 1 or not seeds:
+        raise FeatclError(f"the memory study needs at least one test of each gap and one seed, not {items} and {seeds}")
     arms = study_arms(folder)
     if without := [arm.name for arm in arms if arm.config.memory is None]:
         raise FeatclError(f"{folder}: {without[0]} has no memory; every arm of this study has one")
@@ -274,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         table = run_study(
             given.folder,
-            seeds=[int(seed) for seed in given.seeds.split(",")],
+            seeds=[int(seed) for seed in given.seeds.split(",") if seed],
             only=[arm for arm in given.arms.split(",") if arm],
             items=given.items,
             output=given.output,

@@ -303,11 +303,13 @@ def test_only_the_memory_is_trained_and_it_learns():
     [
         ({"layer": N_LAYERS}, "layer 4 is out of range, the model has blocks 0 to 3"),
         ({"layer": -1}, "layer -1 is out of range"),
+        ({"layer": True}, "layer True is out of range"),
         ({"form": "side"}, "unknown form 'side'; choose from gate, context, layer"),
         ({"memory": 16}, "its width is 16, but the model's residual stream has 32"),
         ({"memory": torch.nn.Linear(32, 32)}, "a Linear is no memory"),
         ({"model": torch.nn.Linear(3, 3)}, "Linear is no Hugging Face language model"),
         ({"window": 0, "form": "context"}, "a window of 0 tokens"),
+        ({"window": 2.5, "form": "context"}, "a window of 2.5 tokens"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_hooked(change, message):

@@ -89,12 +89,13 @@ def test_it_comes_back_from_its_folder(tmp_path):
         logits(attached.model, text(1, 24))
     attached.save(tmp_path)
     model, directions = build_model("llama"), attached.memory.directions
-    again = load_memory(tmp_path, model, memory=FeatureMemory(directions, **attached.memory.settings()))
-    assert torch.equal(logits(model, text(seed=1)), logits(attached.model, text(seed=1)))
-    again.detach()
+    for memory in (None, FeatureMemory(directions, **attached.memory.settings())):
+        again = load_memory(tmp_path, model, memory=memory)
+        assert torch.equal(logits(model, text(seed=1)), logits(attached.model, text(seed=1)))
+        again.detach()
     others = directions_for(ZOO, model, fires=0.3, layer=LAYER, seed=1)
-    for memory in (None, FeatureMemory(others, **attached.memory.settings()), FeatureMemory(directions, depth=1)):
-        with pytest.raises(FeatclError, match="give memory=, the FeatureMemory of the directions"):
+    for memory in (FeatureMemory(others, **attached.memory.settings()), FeatureMemory(directions, depth=1)):
+        with pytest.raises(FeatclError, match="another FeatureMemory was saved: settings or directions differ"):
             load_memory(tmp_path, model, memory=memory)
 
 

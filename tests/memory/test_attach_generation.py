@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -228,6 +230,23 @@ def test_a_copied_cache_is_a_conversation_of_its_own():
         torch.testing.assert_close(logit, logits(attached.model, torch.cat([ids, end], 1))[:, 9:], **TOLERANCE)
 
 
+def test_conversations_in_threads_do_not_meet():
+    """What each thread decodes is what it decodes alone, bit for bit, though they share the memory."""
+    attached = attached_to("olmo2")
+    texts = [text(1, 24, seed=seed) for seed in range(3)]
+    alone, met = [step_by_step(attached.model, ids) for ids in texts], threading.Barrier(len(texts))
+
+    def together(_module, _inputs, _output):
+        met.wait(timeout=30)  # every pass is at the block below the memory at the same time
+
+    handle = attached.model.model.layers[0].register_forward_hook(together)
+    with ThreadPoolExecutor(len(texts)) as pool:
+        found = list(pool.map(lambda ids: step_by_step(attached.model, ids), texts))
+    handle.remove()
+    assert all(torch.equal(one, other) for one, other in zip(found, alone, strict=True))
+    assert not attached._passes
+
+
 def test_interleaved_calls_do_not_meet():
     """Two conversations and a scoring pass between their tokens give what each gives alone, bit for bit."""
     attached = attached_to("olmo2")
@@ -298,7 +317,7 @@ def test_a_failed_pass_leaves_no_trace(family):
         model(text(seed=1), past_key_values=cache)
     handle.remove()
     assert attached.state is before
-    assert attached._pass is None
+    assert not attached._passes
     assert carried_in(cache, attached._key).carried is kept
     assert torch.equal(logits(model, text()), expected)
     with pytest.raises(FeatclError, match="a pass that failed"):  # some blocks of the cache have gone on, others not

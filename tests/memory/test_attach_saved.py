@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from featcl.errors import FeatclError
+from featcl.memory import load_memory
 from featcl.memory.attach import memories_of
-from featcl.memory.saved import MANIFEST, STATE, USERS, WEIGHTS, load_memory
+from featcl.memory.saved import MANIFEST, STATE, USERS, WEIGHTS
 from tests.adapters.conftest import build_model
 from tests.memory.attaching import FORMS, attached_to, logits, text
 
@@ -62,7 +63,7 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path):
     model = build_model("olmo2")
     with pytest.raises(FeatclError, match="attached to olmo2 of width 32, the model is llama of 32"):
         load_memory(tmp_path, build_model("llama"))
-    with pytest.raises(FeatclError, match="does not hold a saved memory"):
+    with pytest.raises(FeatclError, match="holds no saved memory"):
         load_memory(tmp_path / "nowhere", model)
     whole = {name: (tmp_path / name).read_bytes() for name in (MANIFEST, WEIGHTS, STATE, USERS)}
     for name in (WEIGHTS, STATE, USERS):
@@ -75,6 +76,8 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path):
         ({"format": 9}, "saved in format 9"),
         ({"memory": manifest["memory"] | {"chunk_size": 8}}, "the state's"),
         ({"layer": 7}, "layer 7 is out of range"),
+        ({"memory": manifest["memory"] | {"colour": 3}}, "no memory that can be made again: .*colour"),
+        ({"memory": manifest["memory"] | {"chunk_size": "8"}}, "chunk_size must be a whole number"),
     ):
         (tmp_path / MANIFEST).write_text(json.dumps(manifest | change))
         with pytest.raises(FeatclError, match=message):

@@ -271,15 +271,47 @@ def test_writing_refuses_to_decode_several_rows(more):
 def test_bad_states_are_refused():
     attached = attached_to("olmo2")
     for other in (neural(depth=2), neural(heads=4), neural(chunk_size=8), neural(momentum=False), neural().double()):
-        with pytest.raises(FeatclError, match="memory: the state's"):
+        with pytest.raises(FeatclError, match=r"memory: (the state's|a state of another memory)"):
             attached.state = other.initial_state(1).detach()
     with pytest.raises(FeatclError, match="a MemoryState or None, not Tensor"):
         attached.state = torch.zeros(3)
     attached.users["anna"] = neural(depth=2).initial_state(1)
-    with pytest.raises(FeatclError, match="memory: the state's"), attached.user("anna"):
+    with pytest.raises(FeatclError, match="a state of another memory"), attached.user("anna"):
         pass
     attached.state = neural(seed=9).initial_state(1).detach()
     assert isinstance(attached.state, MemoryState)
+
+
+def test_a_damaged_state_is_refused():
+    attached = attached_to("olmo2")
+    before = wrote(attached, text())
+    for name in ("weights.0", "momentum.0", "keys"):
+        tensors = before.tensors()
+        tensors[name].view(-1)[-1] = torch.nan
+        damaged = MemoryState.from_tensors(tensors)
+        with pytest.raises(FeatclError, match=f"the state's {name} holds NaN"):
+            attached.state = damaged
+        with pytest.raises(FeatclError, match=f"the state's {name} holds NaN"):
+            attached.load_state_({f"kept/{key}": tensor for key, tensor in tensors.items()})
+        with pytest.raises(FeatclError, match=f"the state's {name} holds NaN"):
+            attached.memory(torch.randn(1, 3, 32), damaged)
+    assert attached.state is before
+
+
+def test_a_name_that_is_none_leaves_everything_as_it_was():
+    attached = attached_to("olmo2")
+    kept = wrote(attached, text())
+    with pytest.raises(FeatclError, match="a user is a string, not 3"), attached.user(3):
+        wrote(attached, text(seed=1))
+    assert attached.state is kept
+    assert attached._user is None
+
+
+def test_a_detached_memory_does_not_pretend_to_write():
+    attached = attached_to("olmo2")
+    attached.detach()
+    with pytest.raises(FeatclError, match="it is detached, so it reads and writes nothing"), attached.writing():
+        logits(attached.model, text())
 
 
 # --- gradients, versions, surprise -----------------------------------------------------------------------------------
@@ -357,6 +389,9 @@ def test_surprise_falls_with_what_was_read():
     assert float(after[0] / before[0]) < 0.8 * float(after[1] / before[1])
     with attached.disabled(), pytest.raises(FeatclError, match="switched off"):
         attached.surprise(ids, mask)
-    with pytest.raises(FeatclError, match="a row without tokens"):
-        attached.surprise(ids, torch.zeros_like(mask))
+    for nothing in ((ids, torch.zeros_like(mask)), (ids[:, :0],)):
+        with pytest.raises(FeatclError, match="a row without tokens"):
+            attached.surprise(*nothing)
+    with pytest.raises(FeatclError, match=r"of input_ids \[batch, seq\], not of \[16\]"):
+        attached.surprise(ids[0])
     assert torch.equal(attached.surprise(ids, mask), after)

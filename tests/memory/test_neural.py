@@ -193,6 +193,18 @@ def test_training_mode_and_gradients_change_no_number() -> None:
     assert apart(after.detach(), state) <= 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tokens_of_zeros_and_padding_are_finite_in_half_precision(dtype: torch.dtype) -> None:
+    """What scales a token of zeros to length one is 10⁶, which float16 does not have."""
+    memory, x = build(chunk_size=4).to(dtype), tokens(2, 9).to(dtype)
+    x[0, 2] = 0
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, 3:] = False
+    read, state = memory(x, mask=mask)
+    assert bool(read.isfinite().all())
+    assert all(bool(tensor.isfinite().all()) for tensor in state.named().values())
+
+
 @pytest.mark.parametrize("slow", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_state_is_float32_whatever_is_read(slow: torch.dtype, given: torch.dtype) -> None:
@@ -391,7 +403,9 @@ def test_bad_input_is_refused_in_one_line() -> None:
     ("settings", "said"),
     [
         ({"heads": 3}, "no multiple of 3 heads"), ({"heads": 0}, "at least 1"), ({"depth": 0}, "depth must be"),
-        ({"chunk_size": 0}, "chunk_size must be"), ({"head_dim": 0}, "head_dim must be"), ({"conv": -1}, "conv"),
+        ({"chunk_size": 0}, "chunk_size must be"), ({"chunk_size": 2.5}, "chunk_size must be a whole number"),
+        ({"heads": 2.0}, "whole numbers"), ({"expansion": float("inf")}, "expansion"),
+        ({"head_dim": 0}, "head_dim must be"), ({"conv": -1}, "conv"),
         ({"expansion": 0.0}, "expansion"), ({"max_step": 0.0}, "max_step"), ({"max_step": float("nan")}, "max_step"),
         ({"persistent": -1}, "persistent"),
     ],

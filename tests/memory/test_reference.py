@@ -42,7 +42,9 @@ def by_hand(memory: NeuralMemory, state: MemoryState, tokens: Tokens, row: int, 
 
 
 def error(memory: NeuralMemory, x: Tensor, **settings: Any) -> float:
-    """Largest difference of reads, weights and momentum between the memory and the recurrence."""
+    """Largest difference of reads, weights and momentum between the memory and the recurrence, as a share of the
+    largest entry where that is above 1.
+    """
     state, tokens = made(memory, x)
     with torch.no_grad():
         reads, after = memory._run(tokens, state, torch.full((len(x),), x.shape[1]))
@@ -54,7 +56,8 @@ def error(memory: NeuralMemory, x: Tensor, **settings: Any) -> float:
             pairs = [(reads[row, :, head], read)]
             pairs += [(own[row, head], other) for own, other in zip(after.weights, weights, strict=True)]
             pairs += [(own[row, head], other) for own, other in zip(after.momentum, momentum, strict=False)]
-            worst = max(worst, *(float((own - other).abs().max()) for own, other in pairs))
+            for own, other in pairs:
+                worst = max(worst, float((own - other).abs().max() / other.abs().max().clamp(min=1.0)))
     return worst
 
 
@@ -66,7 +69,8 @@ def tokens_of(length: int, dtype: torch.dtype = torch.float64) -> Tensor:
 @pytest.mark.parametrize("depth", [1, 2, 4])
 def test_chunks_of_one_token_are_the_recurrence(depth: int, dtype: torch.dtype) -> None:
     memory = build(dtype, depth=depth)
-    assert error(memory, tokens_of(12, dtype)) <= TOLERANCE[dtype] * (1 if depth == 1 else 10)
+    rounding = 2 if (depth, dtype) == (4, torch.float32) else 1  # of twelve steps through four layers, on both sides
+    assert error(memory, tokens_of(12, dtype)) <= TOLERANCE[dtype] * rounding
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

@@ -81,7 +81,7 @@ def test_bad_files_are_refused(state: MemoryState, tmp_path: Path) -> None:
     save_file({**state.tensors(), "more": torch.zeros(3)}, file)
     with pytest.raises(FeatclError, match="'more' is missing, or one too many"):
         MemoryState.load(file)
-    for name, wrong in (("count", torch.zeros(3)), ("keys", state.keys[:2].clone())):
+    for name, wrong in (("count", torch.zeros(3)), ("keys", state.keys[:2].clone()), ("weights.0", torch.tensor(1.0))):
         save_file({**state.tensors(), name: wrong}, file)
         with pytest.raises(FeatclError, match="not a saved memory state"):
             MemoryState.load(file)
@@ -169,6 +169,8 @@ def test_bad_users_are_refused(state: MemoryState, tmp_path: Path) -> None:
         del users["anna"]
     with pytest.raises(FeatclError, match="a user is a string"):
         users[3] = state  # type: ignore[index]
+    with pytest.raises(FeatclError, match="of user 'anna' a MemoryState is kept, not a Tensor"):
+        users["anna"] = torch.zeros(3)  # type: ignore[assignment]
     with pytest.raises(FeatclError, match="limit 0"):
         MemoryStates(limit=0)
     with pytest.raises(FeatclError, match="does not hold saved memory states"):

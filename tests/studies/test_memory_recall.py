@@ -75,6 +75,9 @@ def test_every_arm_is_run_once(study: Callable[..., Any]) -> None:
     assert study(seeds=(0,), items=4)[1] != [], "other tests are other results"
     with pytest.raises(FeatclError, match="no arm 'lorra'; there are truncated, full"):
         study(only=("lorra",))
+    for nothing in ({"items": 0}, {"seeds": ()}):
+        with pytest.raises(FeatclError, match="at least one test of each gap and one seed"):
+            study(**nothing)
 
 
 def test_the_table_compares_with_the_base_arm(study: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
