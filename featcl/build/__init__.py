@@ -16,6 +16,7 @@ from featcl.build.methods import methods_of
 from featcl.build.stream import acting_rounds, check_suites, material_of
 from featcl.build.watching import denoising_of, guard_of, weigher_of
 from featcl.config import LearnerConfig, RunConfig
+from featcl.errors import FeatclError
 from featcl.evaluation import Canaries
 from featcl.evaluation.material import Material
 from featcl.features import Directions
@@ -68,6 +69,7 @@ def build(config: RunConfig, *, quarantine: str | Path | None = None, files: Pat
     Raises:
         FeatclError: Whatever cannot be found, read or combined, in one line.
     """
+    _refuse_unmeasured(config)
     apply_runtime(config)
     check_suites(config)
     model, tokenizer = load_model(config.model, dtype=config.runtime.dtype, device=config.runtime.device)
@@ -124,6 +126,16 @@ def build(config: RunConfig, *, quarantine: str | Path | None = None, files: Pat
     if memorizing is not None:
         facts["memory_texts_digest"] = memorizing.texts.digest
     return Experiment(config, material, adapter, learner, phases, experiences, canaries, memorizing, directions, facts)
+
+
+def _refuse_unmeasured(config: RunConfig) -> None:
+    """What `featcl.evaluation` measures, but no run does yet, is an error rather than a run without it."""
+    for name in ("cost", "drift", "shift", "perplexity", "harness"):
+        if getattr(config.evaluation, name):
+            raise FeatclError(
+                f"evaluation.{name}: a run does not measure this yet; leave it out, and call the functions of "
+                f"featcl.evaluation.{name} on the model"
+            )
 
 
 def apply_runtime(config: RunConfig) -> None:
