@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from featcl.config import ConfigError, RunConfig
+from featcl.studies.grids import expand
 
 
 def load(tmp_path: Path, text: str = "", *overrides: str, name: str = "arm.yaml") -> RunConfig:
@@ -163,9 +164,10 @@ def test_every_config_of_the_repository_parses(root: Path) -> None:
     files = sorted((root / "experiments").rglob("*.yaml"))
     assert files
     for path in files:
-        config = RunConfig.load(path)
-        assert config.study == path.parent.name, f"{path}: the study is the folder's name"
-        assert config.arm == path.stem
+        for point in expand(path):  # a file without a grid is one arm
+            assert point.config.study == path.parent.name, f"{path}: the study is the folder's name"
+            assert point.family == path.stem
+            assert (point.config.arm == path.stem) == (not point.values)
 
 
 def test_selectors_are_names_or_combinations_of_names(tmp_path: Path) -> None:
