@@ -13,12 +13,12 @@ from pathlib import Path
 PACKAGES = (
     "featcl.subspace", "featcl.models", "featcl.objectives.divergence", "featcl.features.directions",
     "featcl.features.controls", "featcl.features.encoder", "featcl.features.activations",
-    "featcl.features.logits", "featcl.features.shuffled", "featcl.adapters",
+    "featcl.features.logits", "featcl.features.shuffled", "featcl.adapters", "featcl.memory",
 )  # fmt: skip
 TESTS = ("test_subspace.py", "test_models.py", "objectives/test_divergence.py", "features/test_directions.py",
          "features/test_controls.py", "features/test_encoder.py", "features/test_activations.py",
          "features/test_show.py", "adapters/test_theorems.py", "adapters/test_trunk.py",
-         "adapters/test_adapter.py")  # fmt: skip
+         "adapters/test_adapter.py", "memory/test_reference.py", "memory/test_state.py")  # fmt: skip
 
 
 def check(*arguments: str) -> subprocess.CompletedProcess[str]:

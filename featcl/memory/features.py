@@ -81,8 +81,7 @@ class FeatureMemory(StreamMemory):
 
     Attributes:
         directions: The features.
-        kernel: Of the short convolution; 0 for none.
-        (and those of `StreamMemory`)
+        kernel: Of the short convolution; 0 for none. The others are those of `StreamMemory`.
 
     Source: Titans, arXiv:2501.00663, for the memory; for the reading the SAE's encoder.
     """

@@ -25,7 +25,7 @@ def layer_scale(layer: int, d_in: int) -> float:
 
 
 def predict(
-    weights: Sequence[Float[Tensor, "*rows d_in d_out"]], keys: Float[Tensor, "*rows tokens d_key"]
+    weights: Sequence[Float[Tensor, "*rows _ _"]], keys: Float[Tensor, "*rows tokens d_key"]
 ) -> Float[Tensor, "*rows tokens d_value"]:
     """M(k) for every key.
 

@@ -28,8 +28,7 @@ class NeuralMemory(StreamMemory):
     there the gradient grows with the weights.
 
     Attributes:
-        kernel: Of the short convolution; 0 for none.
-        (and those of `StreamMemory`)
+        kernel: Of the short convolution; 0 for none. The others are those of `StreamMemory`.
 
     Source: Titans, Behrouz et al., arXiv:2501.00663, section 3; persistent tokens: eq. 19.
     """

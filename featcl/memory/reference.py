@@ -12,8 +12,8 @@ from featcl.memory.network import predict
 
 
 def recurrence(
-    weights: Sequence[Float[Tensor, "d_in d_out"]],
-    momentum: Sequence[Float[Tensor, "d_in d_out"]],
+    weights: Sequence[Float[Tensor, "_ _"]],
+    momentum: Sequence[Float[Tensor, "_ _"]],
     *,
     queries: Float[Tensor, "tokens d_key"],
     keys: Float[Tensor, "tokens d_key"],

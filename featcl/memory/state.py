@@ -13,6 +13,7 @@ from torch import Tensor
 
 from featcl import files
 from featcl.errors import FeatclError
+from featcl.html import facts_card, table
 
 PARTIAL = ("keys", "values", "gates", "tail", "count")
 
@@ -93,6 +94,20 @@ class MemoryState:
     def __repr__(self) -> str:
         shapes = " ".join("x".join(str(size) for size in weight.shape[2:]) for weight in self.weights)
         return f"MemoryState(batch={self.batch}, heads={self.heads}, layers=[{shapes}], bytes={self.nbytes})"
+
+    def _repr_html_(self) -> str:
+        shapes = ["×".join(map(str, weight.shape[1:])) for weight in self.weights]
+        layers = [
+            (i, shape, *norms.values()) for i, (shape, norms) in enumerate(zip(shapes, self.norms(), strict=True))
+        ]
+        facts = {
+            "memories": self.batch,
+            "heads": self.heads,
+            "bytes": f"{self.nbytes:,}",
+            "tokens in the open chunk": ", ".join(map(str, self.count.tolist()[:8])),
+        }
+        titles = ("layer", "heads × in × out", "largest ‖weights‖", "largest ‖momentum‖")[: 4 if self.momentum else 3]
+        return facts_card("Memory state", facts, table(titles, layers))
 
     # --- as tensors
 

@@ -27,7 +27,7 @@ def directions(*, encoder: bool = True, seed: int = 0) -> Directions:
         activation="jumprelu", active=0, chosen=tuple(range(K)),
     )  # fmt: skip
     return Directions.from_vectors(
-        vectors, layer=1, feature_ids=[10, 20, 30, 40, 50], names=["ten", "twenty", "thirty", "forty", "fifty"],
+        vectors, layer=1, feature_ids=[10, 20, 30, 40, 50], names=("ten", "twenty", "thirty", "forty", "fifty"),
         encoder=given if encoder else None,
     )  # fmt: skip
 

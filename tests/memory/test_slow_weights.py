@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from featcl.build.memory import _load_weights_, save_memory
+from featcl.build.memory import _load_weights_
 from featcl.errors import FeatclError
 from featcl.memory.saved import MANIFEST, WEIGHTS
 from tests.adapters.conftest import build_model
@@ -19,7 +19,7 @@ from tests.memory.test_attach_features import features_on
 def test_they_come_back_and_damage_is_refused(tmp_path, kind):
     made = {"free": lambda shut: attached_to("olmo2", shut=shut), "features": lambda shut: features_on(shut=shut)}[kind]
     trained, fresh = made(False), made(True)
-    save_memory(trained, tmp_path)
+    trained.save(tmp_path)
     before = logits(fresh.model, text())
     whole = (tmp_path / WEIGHTS).read_bytes()
     (tmp_path / WEIGHTS).write_bytes(whole[:-4] + bytes(4))
@@ -43,7 +43,7 @@ def test_they_come_back_and_damage_is_refused(tmp_path, kind):
     ],
 )
 def test_those_of_another_memory_are_refused(tmp_path, other, message):
-    save_memory(attached_to("olmo2"), tmp_path)
+    attached_to("olmo2").save(tmp_path)
     attached = other()
     before = attached.tensors()
     with pytest.raises(FeatclError, match=message):
