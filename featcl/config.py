@@ -181,6 +181,23 @@ class StreamConfig(Part):
         return self
 
 
+class SAETrainingConfig(Part):
+    """How the SAE is trained where its folder holds none yet, on the run's model, and what it has to reach.
+
+    An option left null is that of `featcl features train`.
+    """
+
+    text: Annotated[tuple[str, ...], Field(min_length=1)]  # files; nothing that is taught or scored
+    layer: Annotated[int, Strict(), Field(ge=0)]
+    d_sae: Count | None = None
+    l0: Annotated[float, Strict(), Field(gt=0)] | None = None
+    tokens: Count | None = None
+    context: Count | None = None
+    fvu: Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)] = 0.5  # at most so much variance unexplained
+    loss_recovered: Annotated[float, Strict(), Field(le=1, allow_inf_nan=False)] = 0.8  # at least; of held-out text
+    dead_fraction: Annotated[float, Strict(), Field(ge=0, le=1)] = 0.5  # at most
+
+
 class FeaturesConfig(Part):
     """The SAE, or one per layer, and how its features are chosen; texts are files, null the calibration split."""
 
@@ -196,6 +213,18 @@ class FeaturesConfig(Part):
     query: str | None = None  # for `explanations`
     explanations: str | None = None  # exported explanations, a file or folder; null for the local cache
     reviewed: str | None = None  # for `hand`: a YAML list of features with a reason each
+    train: SAETrainingConfig | None = None  # where `sae` is a folder that holds none yet; null: it is there
+
+    @model_serializer(mode="wrap")
+    def _training_if_asked_for(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A run whose SAE is there keeps its digest."""
+        return {key: value for key, value in plain(self).items() if value or key != "train"}
+
+    @model_validator(mode="after")
+    def _one_folder(self) -> FeaturesConfig:
+        if self.train is not None and (not isinstance(self.sae, str) or self.sae.startswith("lab/")):
+            raise ValueError(f"train makes one SAE, in the folder that sae names, not {self.sae!r}")
+        return self
 
     @field_validator("selector")
     @classmethod
@@ -411,7 +440,10 @@ class CanariesConfig(Part):
 
 
 class DriftConfig(Part):
-    """How far the model has moved from its base, with every row of R: KL, ‖ΔW‖ per layer, and the SAE's features."""
+    """How far the model has moved from its base, with every row of R: KL, ‖ΔW‖ per layer, and the SAE's features.
+
+    A memory is no part of it: it stays on in both. Where nothing is held out, KL is that on background text alone.
+    """
 
     texts: Annotated[int, Strict(), Field(ge=8)] = 64  # of each kind: held out of what is taught, and background
     features: Annotated[bool, Strict()] = True  # whose mean activation changed, and whether the SAE still fits
@@ -451,14 +483,20 @@ class SmokeConfig(TierConfig):
 
 
 class HarnessConfig(Part):
-    """General ability by lm-evaluation-harness (the extra `lm-eval`); null leaves a tier out."""
+    """General ability by lm-evaluation-harness (the extra `lm-eval`); null leaves a tier out.
+
+    The base model is asked all tiers, so that each has its reference.
+    """
 
     smoke: SmokeConfig | None = None
     quick: TierConfig | None = TierConfig(limit=24)  # at the end of each task
-    full: TierConfig | None = TierConfig()  # at the start and at the end
+    full: TierConfig | None = TierConfig()  # at the end of the last task
     include: str | None = None  # a folder with YAML tasks of your own
     cache: str | None = None  # null: the folder harness in `output`, shared by its studies
     batch_size: Count = 16
+
+
+OPTIONAL_MEASURES = ("online", "cost", "drift", "shift", "perplexity", "harness")  # of evaluation, off by default
 
 
 class EvaluationConfig(Part):
@@ -467,7 +505,8 @@ class EvaluationConfig(Part):
     suites: tuple[str, ...] = ("lab/general",)
     every: Literal["task"] = "task"
     canaries: CanariesConfig | None = CanariesConfig()
-    cost: Annotated[bool, Strict()] = False  # FLOPs, peak memory and seconds by phase, in cost.json
+    online: Annotated[bool, Strict()] = False  # every experience before it is learned: one forward more for each
+    cost: Annotated[bool, Strict()] = False  # FLOPs of every update; peak memory and seconds by phase, in cost.json
     drift: DriftConfig | None = None
     shift: ShiftConfig | None = None
     perplexity: PerplexityConfig | None = None
@@ -476,8 +515,7 @@ class EvaluationConfig(Part):
     @model_serializer(mode="wrap")
     def _asked_for_only(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """What is off by default is not written, so that a run without it keeps its digest."""
-        optional = ("cost", "drift", "shift", "perplexity", "harness")
-        return {key: value for key, value in plain(self).items() if value or key not in optional}
+        return {key: value for key, value in plain(self).items() if value or key not in OPTIONAL_MEASURES}
 
 
 class TrackingConfig(Part):
@@ -759,6 +797,12 @@ def _set(node: Any, path: list[str], value: Any) -> Any:
     return node
 
 
+GRID_HERE = (
+    "a grid is for many runs, one of every combination of its values, and this is one run: featcl sweep and the file's "
+    "folder make them all, --arms NAME those of one file or one arm"
+)
+
+
 # Errors of one line ---------------------------------------------------------------------------------------------
 
 
@@ -771,7 +815,7 @@ def _explain(error: ValidationError, layers: list[tuple[str, Any]]) -> str:
         if dotted in found:  # a second branch of a union
             continue
         if item["type"] == "extra_forbidden":
-            message = f"unknown key{_suggest(path)}"
+            message = f"unknown key{_suggest(path)}" if path != ["grid"] else GRID_HERE
         else:
             message = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
             message = message.replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping of keys")

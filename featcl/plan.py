@@ -16,11 +16,12 @@ from featcl.streams.environments import Planned
 
 @dataclass(frozen=True)
 class Update:
-    """Learn from one trajectory, in one phase of one task."""
+    """Learn from one trajectory, in one phase of one task; `new` where it was not learned from before."""
 
     task: str
     phase: int
     trajectory: Trajectory | Planned
+    new: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,19 +63,24 @@ class CheckCanaries:
 
 
 @dataclass(frozen=True)
+class Smoke:
+    """Ask lm-evaluation-harness a few items between evaluations."""
+
+
+@dataclass(frozen=True)
 class Evaluate:
-    """Score every column of R; `row` is "base" or the task just trained."""
+    """Score every column of R, and measure what else is asked for; `row` is "base" or the task just trained."""
 
     row: str
 
 
-Step = Memorize | MeasureMemory | StartAgain | BeginTask | Update | CheckCanaries | EndTask | Evaluate
+Step = Memorize | MeasureMemory | StartAgain | BeginTask | Update | CheckCanaries | Smoke | EndTask | Evaluate
 
 
 def plan(experiment: Experiment) -> Iterator[Step]:
     """Every step of a run in order; a resumed run skips those that are done."""
-    canaries = experiment.config.evaluation.canaries
     updates = 0
+    seen: set[str | Planned] = set()
     if experiment.memorizing is not None:
         yield MeasureMemory("untrained")
         yield from (Memorize() for _ in range(experiment.memorizing.steps))
@@ -83,17 +89,32 @@ def plan(experiment: Experiment) -> Iterator[Step]:
     for number, task in enumerate(experiment.material.tasks):
         if number and experiment.config.stream.setting == "alone":
             yield StartAgain()
+        known = experiment.material.segments.get(task.name, task.name)  # a task that comes again is known already
         if experiment.learner.methods:
-            yield BeginTask(task.name, tuple(t for _, t in learned(experiment, task) if isinstance(t, Trajectory)))
+            yield BeginTask(known, tuple(t for _, t in learned(experiment, task) if isinstance(t, Trajectory)))
         for phase, limit in enumerate(experiment.experiences):
             for trajectory in order(experiment.config, task.trajectories[:limit], task=task.name, phase=phase):
-                yield Update(task.name, phase, trajectory)
+                yield Update(task.name, phase, trajectory, _key(trajectory) not in seen)
+                seen.add(_key(trajectory))
                 updates += 1
-                if canaries is not None and experiment.canaries is not None and updates % canaries.every == 0:
-                    yield CheckCanaries()
+                yield from _between(experiment, updates)
         if experiment.learner.methods:
-            yield EndTask(task.name, learned(experiment, task))
+            yield EndTask(known, learned(experiment, task))
         yield Evaluate(task.name)
+
+
+def _between(experiment: Experiment, updates: int) -> Iterator[Step]:
+    """What is looked at after so many updates."""
+    wanted = experiment.config.evaluation
+    if wanted.canaries is not None and experiment.canaries is not None and updates % wanted.canaries.every == 0:
+        yield CheckCanaries()
+    smoke = None if wanted.harness is None else wanted.harness.smoke
+    if smoke is not None and updates % smoke.every == 0:
+        yield Smoke()
+
+
+def _key(trajectory: Trajectory | Planned) -> str | Planned:
+    return trajectory.id if isinstance(trajectory, Trajectory) else trajectory
 
 
 def order(
@@ -114,5 +135,5 @@ def learned(experiment: Experiment, task: Task) -> tuple[tuple[int, Trajectory |
     found: dict[str | Planned, tuple[int, Trajectory | Planned]] = {}
     for phase, limit in enumerate(experiment.experiences):
         for each in task.trajectories[:limit]:
-            found.setdefault(each.id if isinstance(each, Trajectory) else each, (phase, each))
+            found.setdefault(_key(each), (phase, each))
     return tuple(found.values())

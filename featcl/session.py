@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from featcl.build import Experiment, acting_rounds
-from featcl.build.memory import save_memory
 from featcl.errors import FeatclError
 from featcl.evaluation import ScoreMatrix
-from featcl.evaluation.board import without_columns
+from featcl.evaluation.cost import stored_bytes
 from featcl.evaluation.desiderata import report_card
+from featcl.evaluation.measures import ACTING, EVALUATION, LEARNING, MEMORY, Place
 from featcl.evaluation.result import RunResult
-from featcl.evaluation.samples import COLUMNS, sample_completions, sample_prompts
-from featcl.evaluation.segments import SegmentedAnswering
+from featcl.evaluation.segments import answering_in
+from featcl.evaluation.summary import long_rows, matrix_summary
 from featcl.evaluation.task_end import task_end_record
-from featcl.features.tokens import token_batches, token_windows
 from featcl.files import append_bytes, digest_json, read_state, write_json
 from featcl.learning import UpdateStats
 from featcl.learning.guard import Stopped
 from featcl.learning.ledger import RunLedger
-from featcl.learning.randomness import derived_generator
 from featcl.plan import BeginTask, EndTask, Step, Update
 from featcl.streams import Trajectory
 from featcl.streams.environments import Planned
@@ -45,9 +42,8 @@ from featcl.tracking.report_card import card_table
 
 COUNTERS = ("position", "phase", "left_out", "quarantined", "stopped", "recall", "updates_before", "tokens_before")
 QUARANTINE = "quarantine.jsonl"
-MEMORY = "memory.safetensors"
+MEMORIZED = "memory.safetensors"
 T = TypeVar("T")
-PROBE_TOKENS = 128  # of each text on which the leak is measured
 
 
 class Session:
@@ -61,13 +57,12 @@ class Session:
 
     def __init__(self, experiment: Experiment, folder: RunFolder, interrupt: Interruptible) -> None:
         self.experiment = experiment
-        self.learner = experiment.learner
+        self.learner, self.measures = experiment.learner, experiment.measures
         self.folder = folder
         self.interrupt = interrupt
         self.position = self.phase = self.left_out = self.quarantined = 0
         self.stopped: str | None = None
         self.recall: dict[str, dict[str, float]] = {}
-        self.samples: list[Any] = []
         self.updates_before = self.tokens_before = 0  # of tasks after which learning started again
         self.start = experiment.learner.present if experiment.config.stream.setting == "alone" else None
         self.rounds = acting_rounds(experiment.config, experiment.learner, folder.path / "episodes")
@@ -121,9 +116,11 @@ class Session:
                 self.learner.reconfigure(**self.experiment.phases[step.phase])
                 self.phase = step.phase
             trajectory = self._experience(step)
+            before = self.measures.before_update(trajectory, step.task) if step.new else {}
             self._begin(trajectory, only_copy=isinstance(step.trajectory, Planned))
-            stats, stopped = _unless_stopped(partial(self.learner.observe, trajectory))
-            self._record(stats, step.task)
+            with self.measures.phase(LEARNING):
+                stats, stopped = _unless_stopped(partial(self.learner.observe, trajectory))
+            self._record(stats, step.task, before)
             self.position += 1
             self.stopped = None if stopped is None else str(stopped)
         if stopped is not None:
@@ -144,13 +141,14 @@ class Session:
             self.begun = None
         self.ahead.begin(self.position, record, only_copy=only_copy)
 
-    def _record(self, stats: UpdateStats, task: str) -> None:
+    def _record(self, stats: UpdateStats, task: str, before: Mapping[str, float] | None = None) -> None:
         """What one experience did, in metrics.jsonl; and where it was quarantined or alarmed, there too."""
         record = stats.record()
         seconds = record.pop("seconds")
         self.left_out += stats.tokens_left_out
         kind = "quarantined" if stats.quarantined else "postponed" if stats.postponed else "update"
-        self._log({"kind": kind, **record, "task": task, "phase": self.phase, "seconds/update": seconds})
+        record |= {**(before or {}), **self.measures.spent(), "seconds/update": seconds}
+        self._log({"kind": kind, **record, "task": task, "phase": self.phase})
         if stats.quarantined:
             self.quarantined += 1
             entry = {"id": stats.trajectory, "task": task, "source": stats.source, "reason": stats.quarantined,
@@ -169,10 +167,8 @@ class Session:
 
     def _experience(self, step: Update) -> Trajectory:
         """The step's trajectory; where the model acts, its episode, played when its round is due."""
-        if isinstance(step.trajectory, Trajectory):
-            return step.trajectory
-        assert self.rounds is not None
-        return self.rounds.trajectory(step.trajectory, phase=step.phase)
+        with self.measures.phase(ACTING) if self.rounds is not None else nullcontext():
+            return self._learned(step.phase, step.trajectory)
 
     def start_again(self) -> None:
         """Back to the base, with nothing learned; the next task is learned as if it were the only one."""
@@ -190,7 +186,8 @@ class Session:
         """Methods hear that a task begins."""
         with self.interrupt.protected():
             start = time.perf_counter()
-            self.learner.begin_task(step.task, upcoming=step.upcoming)
+            with self.measures.phase(LEARNING):
+                self.learner.begin_task(step.task, upcoming=step.upcoming)
             self._log_methods("begin", step.task, time.perf_counter() - start)
             self.position += 1
 
@@ -200,7 +197,8 @@ class Session:
         trajectories = [self._learned(*each) for each in step.learned]
         with self.interrupt.protected():
             start = time.perf_counter()
-            done, stopped = _unless_stopped(partial(self.learner.end_task, step.task, trajectories))
+            with self.measures.phase(LEARNING):
+                done, stopped = _unless_stopped(partial(self.learner.end_task, step.task, trajectories))
             seconds = time.perf_counter() - start
             for stats in done if isinstance(done, tuple) else (done,):
                 self._record(stats, step.task)
@@ -221,7 +219,8 @@ class Session:
     def _log_methods(self, when: str, task: str, seconds: float) -> None:
         """What the methods need, where a task begins or ends."""
         costs = {f"methods/{name}/{key}": value for name, cost in self._costs().items() for key, value in cost.items()}
-        self._log({"kind": "methods", "when": when, "task": task, **costs, "seconds/methods": seconds})
+        record = {**costs, **self.measures.spent(), "seconds/methods": seconds}
+        self._log({"kind": "methods", "when": when, "task": task, **record})
 
     def _costs(self) -> dict[str, dict[str, int]]:
         """Method -> bytes stored now, and tokens read beside the updates' own."""
@@ -233,7 +232,8 @@ class Session:
         assert training is not None
         with self.interrupt.protected():
             start = time.perf_counter()
-            done = training.step_()
+            with self.measures.phase(MEMORY):
+                done = training.step_()
             record = {"memory/step": training.done, "memory/train_kl": done.loss, "memory/grad_norm": done.grad_norm}
             self._log({"kind": "memory_step", **record, "seconds/memory": time.perf_counter() - start})
             self.position += 1
@@ -246,7 +246,8 @@ class Session:
         assert training is not None
         with self.interrupt.protected():
             start = time.perf_counter()
-            self.recall[when] = training.measure()
+            with self.measures.phase(EVALUATION):
+                self.recall[when] = training.measure()
             seconds = time.perf_counter() - start
             self._log({"kind": "memory", "when": when, **self.recall[when], "seconds/memory": seconds})
             self.position += 1
@@ -257,55 +258,54 @@ class Session:
         with self.interrupt.protected():
             start = time.perf_counter()
             assert self.experiment.canaries is not None
-            reading = self.experiment.canaries.score(self.experiment.adapter.model, self._answering())
+            with self.measures.phase(EVALUATION):
+                reading = self.experiment.canaries.score(self.experiment.adapter.model, self._answering())
             seconds = time.perf_counter() - start
             self._log({"kind": "canaries", **reading.record(), "seconds/canaries": seconds})
             self.ledger.note("canaries", reading.record())
             self.position += 1
 
-    def evaluate(self, row: str) -> None:
-        """One row of R, and the state on disk."""
-        self._flush_learner(row)
-        start = time.perf_counter()
-        scores = self.experiment.material.board.score(self.experiment.adapter.model, self._answering())
+    def smoke(self) -> None:
+        """The few items of lm-evaluation-harness."""
         with self.interrupt.protected():
+            start = time.perf_counter()
+            with self.measures.phase(EVALUATION):
+                found = self.measures.smoke()
+            self._log({"kind": "harness", **found, "seconds/harness": time.perf_counter() - start})
+            self.position += 1
+
+    def evaluate(self, row: str) -> None:
+        """One row of R and what else is measured with it, and the state on disk."""
+        self._flush_learner(row)
+        start, number = time.perf_counter(), len(self.matrix.rows)
+        material = self.experiment.material
+        with ExitStack() as kept:
+            with self.measures.phase(EVALUATION):
+                scores = material.board.score(self.experiment.adapter.model, self._answering())
+                reading = self.measures.at_row(Place(row, number, last=number == len(material.tasks)))
+                kept.enter_context(self.interrupt.protected())  # what is counted is also recorded
             self.matrix = self.matrix.with_row(row, scores)
             self.matrix.save(self.folder.path / "R.json")
-            record = task_end_record(self.matrix, general=self.experiment.material.general)
-            if self.experiment.adapter.spans():
-                record["constraint/leak"] = self._leak()["leak"]
-            record |= self._sample(row)
-            seconds = time.perf_counter() - start
-            self._log({"kind": "evaluation", "row": row, **record, "seconds/evaluation": seconds})
+            for name, (columns, rows) in reading.tables.items():
+                self.tracker.table(name, columns, rows)
+            record = {**task_end_record(self.matrix, general=material.general), **reading.record}
+            record |= {**self.measures.totals(), "seconds/evaluation": time.perf_counter() - start}
+            self._log({"kind": "evaluation", "row": row, **record})
+            self.measures.write(self.folder.path)
             self.position += 1
         self._save()
 
-    def _sample(self, row: str) -> dict[str, float]:
-        """Replies to a few held-out prompts, kept as a table with the KL of each token to the base model."""
-        wanted, heldout = self.experiment.config.tracking.samples, self.experiment.material.heldout
-        chat = self.learner.student.chat
-        prompts = sample_prompts(chat, heldout.get(row) or next(iter(heldout.values()), ()), wanted)
-        generator = derived_generator(self.experiment.config.seed, row, "samples")
-        drawn = sample_completions(self.experiment.adapter, chat, prompts, generator=generator)
-        if not drawn:
-            return {}
-        self.samples += [sample.row(row) for sample in drawn]
-        self.tracker.table("samples", COLUMNS, self.samples)
-        return {"samples/mean_kl": sum(sample.mean_kl for sample in drawn) / len(drawn)}
-
     def _answering(self) -> Any:
         """How questions are answered with the run's methods; None where none of them has a say."""
-        answering, segments = self.learner.answering(), self.experiment.material.segments
-        if answering.plain:
-            return None
-        return SegmentedAnswering(answering, segments) if segments else answering
+        return answering_in(self.learner.answering(), self.experiment.material.segments)
 
     def _flush_learner(self, task: str) -> None:
         """The step of experiences that wait for others, so that what is scored has learned from all of them."""
         if not self.learner.pending:
             return
         with self.interrupt.protected():
-            stats, stopped = _unless_stopped(self.learner.flush)
+            with self.measures.phase(LEARNING):
+                stats, stopped = _unless_stopped(self.learner.flush)
             assert stats is not None
             self._record(stats, task)
             self.stopped = None if stopped is None else str(stopped)
@@ -319,12 +319,13 @@ class Session:
         with self.interrupt.protected():
             self.learner.save_adapter(path / "adapter")
             if self.learner.memory is not None:
-                save_memory(self.learner.memory, path / "memory")
+                self.learner.memory.save(path / "memory")
             adapter = self.experiment.adapter
             if adapter.spans() and (features := adapter.report(20).to_dicts()):
                 self.tracker.table("features", list(features[0]), [list(row.values()) for row in features])
-            self.tracker.table("R", ("row", "column", "score"), _long(self.matrix))
+            self.tracker.table("R", ("row", "column", "score"), long_rows(self.matrix))
             self._flush()
+            self.measures.write(path)
             pictures = draw_plots(path)
             for picture in pictures.values():
                 self.tracker.image(f"plots/{picture.stem}", picture)
@@ -341,19 +342,18 @@ class Session:
     def _summary(self) -> dict[str, Any]:
         """The final numbers; no times, so that the same seed gives the same file."""
         adapter, material = self.experiment.adapter, self.experiment.material
-        config, matrix = self.experiment.config, self.matrix
+        config, stored = self.experiment.config, stored_bytes(self.folder.path)
         return {
             "study": config.study,
             "arm": config.arm,
             "seed": config.seed,
             "config_digest": config.digest,
             **{key: self.experiment.facts[key] for key in ("model_digest", "stream_digest", "directions_digest")},
-            "measure": matrix.measure,
-            "metrics": _metrics(without_columns(matrix, material.probes), alone=config.stream.setting == "alone"),
-            "probes": {column: _last(matrix, column) for column in material.probes},
+            **matrix_summary(self.matrix, material.probes, alone=config.stream.setting == "alone"),
+            **({"relations": relations} if (relations := material.relations.to_dict()) else {}),
             "delta_norm": adapter.delta_norm(),
             "trained_parameters": sum(parameter.numel() for parameter in adapter.parameters()),
-            "leak": self._leak() if adapter.spans() else None,
+            "leak": self.measures.leak.report(),
             "updates": self.updates_before + self.learner.version,
             "tokens": self.tokens_before + self.learner.tokens,
             "tokens_left_out": self.left_out,
@@ -361,6 +361,8 @@ class Session:
             **({"alarms": self.learner.guard.alarms} if self.learner.guard is not None else {}),
             **({"memory": self._memory()} if self.learner.memory is not None else {}),
             **({"methods": self._costs()} if self.learner.methods else {}),
+            "stored_bytes": {name: stored[name] for name in ("adapter", "memory") if name in stored},
+            **self.measures.summary(),
         }
 
     def _memory(self) -> dict[str, Any]:
@@ -368,17 +370,6 @@ class Session:
         memory = self.learner.memory
         trained = sum(parameter.numel() for parameter in memory.parameters())
         return {"trained_parameters": trained, "state_bytes": memory.memory.initial_state(1).nbytes, **self.recall}
-
-    def _leak(self) -> dict[str, float]:
-        """What the update writes outside the chosen span, on texts of the calibration split."""
-        tokenizer = self.learner.student.chat.tokenizer
-        texts = self.experiment.material.probe_texts
-        windows = [
-            window for text in texts for window in list(token_windows(tokenizer, [text], context=PROBE_TOKENS))[:1]
-        ]
-        batch = next(iter(token_batches(windows, tokenizer))).to(self.experiment.adapter.model.device)
-        found = self.experiment.adapter.leak(batch.input_ids, batch.attention_mask)
-        return {name: getattr(found, name) for name in ("leak", "rescale", "total_change_outside")}
 
     # --- records and state
 
@@ -400,6 +391,7 @@ class Session:
         """Close what is open; on a disk that takes no more, its own error stands."""
         with suppress(OSError) if kind is not None and issubclass(kind, OSError) else nullcontext():
             self.tracker.finish({})
+        self.measures.close()
         self.ledger.close()
         self.ahead.close()
 
@@ -420,7 +412,7 @@ class Session:
         canaries = self.experiment.canaries
         self.learner.save(target / "learner")
         if self.experiment.memorizing is not None:
-            self.experiment.memorizing.save(target / MEMORY)
+            self.experiment.memorizing.save(target / MEMORIZED)
         if self.matrix.rows:
             self.matrix.save(target / "R.json")
         session = {name: getattr(self, name) for name in COUNTERS}
@@ -431,6 +423,7 @@ class Session:
             "ledger": self.ledger.position(),
             "quarantine": quarantine.stat().st_size if quarantine.is_file() else 0,
             "canaries": best,
+            "measures": self.measures.state(),
         }
         write_json(target / "session.json", session)
 
@@ -441,9 +434,9 @@ class Session:
             setattr(self, name, session[name])
         if (state / "R.json").is_file():
             self.matrix = ScoreMatrix.load(state / "R.json")
-        self.samples = [row for row in read_rows(self.folder.path, "samples") if row[0] in self.matrix.rows]
+        self.measures.resume_(session.get("measures", {}), self.matrix.rows, partial(read_rows, self.folder.path))
         if self.experiment.memorizing is not None:
-            self.experiment.memorizing.restore_(state / MEMORY)
+            self.experiment.memorizing.restore_(state / MEMORIZED)
         self.learner.reconfigure(**self.experiment.phases[self.phase])  # says which teachers the state is asked for
         self.learner.restore_(state / "learner")
         self.ledger.cut_back_(session["ledger"])
@@ -475,24 +468,3 @@ def _unless_stopped(update: Callable[[], T]) -> tuple[T | UpdateStats, Stopped |
         if stopped.stats is None:
             raise
         return stopped.stats, stopped
-
-
-def _metrics(matrix: ScoreMatrix, *, alone: bool) -> dict[str, float]:
-    """The metrics of a stream; of tasks that were learned apart, those that do not speak of what came before."""
-    found = matrix.metrics().to_dict()
-    if not alone:
-        return found
-    kept = {"learning_accuracy", "tasks", "probes", "missing"}
-    general = matrix.values[:, matrix.n_tasks :] * (-1.0 if matrix.measure == "nll" else 1.0)
-    change = float((general[1:] - general[:1]).mean()) if general.size else math.nan
-    return {name: value if name in kept else math.nan for name, value in found.items()} | {"general_change": change}
-
-
-def _last(matrix: ScoreMatrix, column: str) -> float:
-    return float(matrix.values[-1, matrix.columns.index(column)])
-
-
-def _long(matrix: ScoreMatrix) -> list[list[Any]]:
-    """R as rows of (row, column, score)."""
-    values = matrix.values.tolist()
-    return [[row, column, values[i][j]] for i, row in enumerate(matrix.rows) for j, column in enumerate(matrix.columns)]

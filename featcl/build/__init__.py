@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,16 @@ import torch
 
 from featcl.adapters import ConstrainedAdapter, constrain
 from featcl.build.directions import directions_of
+from featcl.build.measures import check_measures, measures_of
 from featcl.build.memory import memory_of, training_of
 from featcl.build.methods import methods_of
+from featcl.build.reuse import BaseOnce, Reuse, base_row_parts, selection_parts
 from featcl.build.stream import acting_rounds, check_suites, material_of
 from featcl.build.watching import denoising_of, guard_of, weigher_of
 from featcl.config import LearnerConfig, RunConfig
-from featcl.errors import FeatclError
 from featcl.evaluation import Canaries
 from featcl.evaluation.material import Material
+from featcl.evaluation.measures import Measures
 from featcl.features import Directions
 from featcl.learning import Learner
 from featcl.learning.heap import keep_heap_
@@ -43,6 +45,7 @@ class Experiment:
         canaries: Scored between evaluations, or None.
         memorizing: Trains the memory's slow weights before the stream; None where there is no memory, or a trained one.
         directions: One set, or one per layer.
+        measures: What is measured beside R and the canaries.
         facts: What env.json records beside the machine.
     """
 
@@ -55,31 +58,46 @@ class Experiment:
     canaries: Canaries | None
     memorizing: MemoryTraining | None
     directions: Directions | Mapping[int, Directions]
+    measures: Measures
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def build(config: RunConfig, *, quarantine: str | Path | None = None, files: Path | None = None) -> Experiment:
+def build(
+    config: RunConfig,
+    *,
+    quarantine: str | Path | None = None,
+    files: Path | None = None,
+    reuse: Reuse | None = None,
+) -> Experiment:
     """Load, select, constrain: every object of a run, at its start.
 
     Args:
         config: The run's.
         quarantine: Where malformed lines of a stream that is not strict go.
         files: Folder in which methods have files of their own; None: in a temporary place.
+        reuse: What earlier runs of this process have worked out; None: everything is worked out here.
 
     Raises:
         FeatclError: Whatever cannot be found, read or combined, in one line.
     """
-    _refuse_unmeasured(config)
     apply_runtime(config)
     check_suites(config)
+    check_measures(config)
     model, tokenizer = load_model(config.model, dtype=config.runtime.dtype, device=config.runtime.device)
     if config.adapter.residual_map is not None:
         declare_residual_map_(model, config.adapter.residual_map)
     chat = Chat(tokenizer)
     material = material_of(config, model, chat, length=min(max_context(model), LONGEST), quarantine=quarantine)
     methods = methods_of(config, material, chat, folder=files)
-    facts = {"model_digest": model_digest(model), "stream_digest": material.digest}
-    directions, gates, modules = directions_of(config, model, tokenizer, material, facts["model_digest"])
+    digest = model_digest(model)
+    facts = {"model_digest": digest, "stream_digest": material.digest}
+    reuse = Reuse() if reuse is None else reuse
+    directions, gates, modules = reuse.of(
+        "directions",
+        selection_parts(config, model, material, digest),
+        lambda: directions_of(config, model, tokenizer, material, digest),
+    )
+    base_row = base_row_parts(config, model, material, digest)
     learners = config.phases or (config.learner,)
     phases = tuple(_settings(learner) for learner in learners)
     experiences = tuple(learner.experiences for learner in learners)
@@ -121,21 +139,15 @@ def build(config: RunConfig, *, quarantine: str | Path | None = None, files: Pat
         background=material.plain_background,
         seed=config.seed,
     )
+    material = replace(material, board=BaseOnce(material.board, reuse, base_row, lambda: learner.version == 0))
     memorizing = training_of(config, memory, learner.student.scorer, chat, unseen=material.unseen)
     facts |= {"hooks": modules, "directions_digest": _digest(directions), "seed": config.seed}
     if memorizing is not None:
         facts["memory_texts_digest"] = memorizing.texts.digest
-    return Experiment(config, material, adapter, learner, phases, experiences, canaries, memorizing, directions, facts)
-
-
-def _refuse_unmeasured(config: RunConfig) -> None:
-    """What `featcl.evaluation` measures, but no run does yet, is an error rather than a run without it."""
-    for name in ("cost", "drift", "shift", "perplexity", "harness"):
-        if getattr(config.evaluation, name):
-            raise FeatclError(
-                f"evaluation.{name}: a run does not measure this yet; leave it out, and call the functions of "
-                f"featcl.evaluation.{name} on the model"
-            )
+    measures = measures_of(config, material, learner, directions)
+    return Experiment(
+        config, material, adapter, learner, phases, experiences, canaries, memorizing, directions, measures, facts
+    )
 
 
 def apply_runtime(config: RunConfig) -> None:

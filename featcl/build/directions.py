@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from featcl.build.files import paths_of
+from featcl.build.sae import trained_sae
 from featcl.config import RunConfig
 from featcl.errors import FeatclError
 from featcl.evaluation.material import Material
@@ -30,6 +32,8 @@ def directions_of(
 ) -> tuple[Directions | dict[int, Directions], Directions | dict[int, Directions], dict[str, str]]:
     """The directions, or the control that stands in for them; the chosen features; and which module each hook is."""
     sources = config.features.sae
+    if config.features.train is not None:
+        trained_sae(config.features.train, Path(str(sources)).expanduser(), model, tokenizer, unseen=material.unseen)
     select = partial(_directions_of, config, model, tokenizer, _selection_texts(config, tokenizer, material),
                      held_out=material.unseen, digest=digest)  # fmt: skip
     if isinstance(sources, str):

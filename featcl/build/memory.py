@@ -85,13 +85,8 @@ def training_of(
     return MemoryTraining(attached, scorer, texts, steps=wanted.steps, lr=wanted.lr, gate_only=wanted.gate_only)
 
 
-def save_memory(attached: AttachedMemory, folder: str | Path) -> None:
-    """Write slow weights, gate and states; one that is constrained to features has these beside it."""
-    attached.save(folder)
-
-
 def _load_weights_(attached: AttachedMemory, folder: str | Path) -> None:
-    """Slow weights that `save_memory` wrote; a memory of other settings would read them as something else."""
+    """Slow weights that `AttachedMemory.save` wrote; a memory of other settings would read them as something else."""
     try:
         was, tensors = read_saved(Path(folder))
     except FeatclError as error:

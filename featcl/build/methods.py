@@ -12,7 +12,8 @@ from featcl.config import RunConfig
 from featcl.errors import FeatclError
 from featcl.evaluation.material import Material
 from featcl.features.provenance import LINE_WORDS, text_digests
-from featcl.methods.build import Sources, build_methods, plain_text
+from featcl.methods.build import Sources, build_methods, parameters_of, plain_text
+from featcl.methods.cartridge import Cartridge
 from featcl.methods.method import Method
 from featcl.methods.rehearsal import read_material
 from featcl.methods.routed import Routed
@@ -44,8 +45,26 @@ def methods_of(config: RunConfig, material: Material, chat: Chat, *, folder: Pat
     check_together(methods)
     for method in methods:
         if isinstance(method, Routed):
-            method.check_tasks([task.name for task in material.tasks])
+            method.check_tasks([material.segments.get(task.name, task.name) for task in material.tasks])
     return methods
+
+
+def context_taken(config: RunConfig, length: int) -> int:
+    """Tokens of the model's context that methods take in every pass: those of a cartridge's prefix.
+
+    Args:
+        config: The run's.
+        length: Of the context.
+
+    Raises:
+        FeatclError: If they leave nothing.
+    """
+    given = [method.parameters for method in config.methods if method.name == Cartridge.name]
+    found = [parameters.get("tokens", parameters_of(Cartridge.name)["tokens"].default) for parameters in given]
+    taken = sum(tokens for tokens in found if isinstance(tokens, int))  # what is no number is refused by the method
+    if taken >= length:
+        raise FeatclError(f"cartridge: a prefix of {taken} tokens leaves nothing of the model's context of {length}")
+    return taken
 
 
 def own_files(folder: Path, *, resumed: bool) -> Path:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from featcl.build.files import append_line, paths_of
+from featcl.build.methods import context_taken
 from featcl.config import ActingConfig, DocumentsConfig, RunConfig
 from featcl.errors import FeatclError
 from featcl.evaluation.acting import acting_material
@@ -35,7 +37,7 @@ def check_suites(config: RunConfig) -> None:
 
 def material_of(config: RunConfig, model: Any, chat: Chat, *, length: int, quarantine: str | Path | None) -> Material:
     """The stream of the config, graded or from files, in its setting."""
-    setting = config.stream.setting
+    setting, length = config.stream.setting, length - context_taken(config, length)
     material = _material_of(config, model, chat, length=length, quarantine=quarantine)
     return in_segments(material, setting) if setting in ("domain", "joint") else material
 
@@ -60,7 +62,8 @@ def _material_of(config: RunConfig, model: Any, chat: Chat, *, length: int, quar
             tasks=stream.tasks,
         )
         lab = with_pairs(lab, seed=config.seed) if stream.pairs else lab
-        return lab_material(lab, chat, suites=suites, canary_items=items, limit=stream.limit)
+        material = lab_material(lab, chat, suites=suites, canary_items=items, limit=stream.limit)
+        return replace(material, segments=lab.recurring)  # to methods a task that comes again is the same task
 
     def reject(trajectory: Trajectory, error: FeatclError) -> None:
         if quarantine is not None:

@@ -44,6 +44,7 @@ class CanaryReading:
         return {
             **{f"canary/loss_{group}": value for group, value in self.loss.items()},
             **{f"canary/kl_{group}": value for group, value in self.kl_to_base.items()},
+            **{f"score/{task}": self.score[task] for task in self.forgetting},
             **{f"forgetting/{task}": value for task, value in self.forgetting.items()},
             **{f"general/{suite}": value for suite, value in suites.items()},
             "canary/right_to_wrong": len(self.right_to_wrong),

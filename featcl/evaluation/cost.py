@@ -29,6 +29,7 @@ from featcl.errors import FeatclError
 from featcl.evaluation.flops import FlopCounter, Flops
 from featcl.models import inner_model
 
+COSTS = "cost.json"  # of a run: what its phases cost, with what differs from run to run
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 

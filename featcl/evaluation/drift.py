@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from featcl.adapters.full import FullAdapter
 from featcl.adapters.kept import KEPT
+from featcl.adapters.mixture import MixtureAdapter
 from featcl.adapters.osf import OsfAdapter
 from featcl.errors import FeatclError
 from featcl.evaluation.forward import TargetBatch, target_batches
@@ -63,7 +65,7 @@ class WeightDrift:
         sites: Module path -> ‖ΔW‖; for the kinds that act at a hook, block -> norm of the update's matrix.
         relative: Module path -> ‖ΔW‖ / ‖W‖; empty for the kinds that act at a hook.
         layers: Block -> root of the sum of squares over its sites.
-        total: The same over all sites.
+        total: The same over all sites, those in no block included.
     """
 
     sites: Mapping[str, float]
@@ -127,24 +129,39 @@ def token_kl(adapter: Any, tokenizer: Any, text: Text, *, context: int | None = 
 
 
 def weight_drift(adapter: Any) -> WeightDrift:
-    """‖ΔW‖ of every adapted module and block, as the adapter stands."""
+    """‖ΔW‖ of every adapted module (of the kind `full`, of every trained weight) and block, as the adapter stands.
+
+    Raises:
+        FeatclError: For an update that is another at every token.
+    """
+    if isinstance(adapter, MixtureAdapter):
+        raise FeatclError("drift: an update of kind 'mixture' is another at every token, so there is no one ‖ΔW‖ of it")
     if isinstance(adapter, OsfAdapter):
         sites = {name: float(adapter.delta(name).norm()) for name in adapter.layers}
     else:
         sites = dict(adapter.delta_norms())
-    model, prefix = inner_model(adapter.model), f"{residual_map(adapter.model).layers_path}."
-    weights = {name: model.get_submodule(name) for name in sites}
-    base = {name: getattr(module, "base_layer", None) for name, module in weights.items()}
+    prefix = f"{residual_map(adapter.model).layers_path}."
     squares: dict[int, float] = {}
     for name, norm in sites.items():
-        layer = int(name.removeprefix(prefix).split(".")[0])
-        squares[layer] = squares.get(layer, 0.0) + norm**2
+        if name.startswith(prefix):
+            layer = int(name.removeprefix(prefix).split(".")[0])
+            squares[layer] = squares.get(layer, 0.0) + norm**2
     return WeightDrift(
         sites=sites,
-        relative={name: sites[name] / float(_norm(layer)) for name, layer in base.items() if layer is not None},
+        relative={name: sites[name] / norm for name, norm in _base_norms(adapter, sites).items() if norm},
         layers={layer: square**0.5 for layer, square in sorted(squares.items())},
-        total=sum(squares.values()) ** 0.5,
+        total=sum(norm**2 for norm in sites.values()) ** 0.5,
     )
+
+
+def _base_norms(adapter: Any, sites: Collection[str]) -> dict[str, float]:
+    """‖W‖ of the base weights, where there are such."""
+    if isinstance(adapter, FullAdapter):
+        now = adapter.coordinates()
+        return {name: float((now[name].float() - delta).norm()) for name, delta in adapter.deltas()}
+    model = inner_model(adapter.model)
+    base = {name: getattr(model.get_submodule(name), "base_layer", None) for name in sites}
+    return {name: float(layer.weight.detach().float().norm()) for name, layer in base.items() if layer is not None}
 
 
 @contextmanager
@@ -152,14 +169,18 @@ def scaled(adapter: Any, factor: float) -> Iterator[None]:
     """Inside the block the update is `factor` times what it is; afterwards it is bit-equal to what it was.
 
     Args:
-        adapter: Its coordinates enter linearly, or as a product B A, of which B is scaled.
+        adapter: Its coordinates enter linearly, or as a product B A, of which B is scaled; of the kind `full`, W - W₀.
         factor: 0 is the base model, 1 changes nothing.
 
     Raises:
         FeatclError: For an update that is neither.
     """
     before = adapter.coordinates()
-    adapter.load_coordinates_({name: _scale(adapter, name, factor) * value for name, value in before.items()})
+    if isinstance(adapter, FullAdapter):  # its coordinates are the weights themselves
+        changed = {name: before[name] + (factor - 1.0) * delta.to(before[name]) for name, delta in adapter.deltas()}
+    else:
+        changed = {name: _scale(adapter, name, factor) * value for name, value in before.items()}
+    adapter.load_coordinates_(changed)
     try:
         yield
     finally:
@@ -207,7 +228,3 @@ def _paired(adapter: Any, sequences: Sequence[Encoded], tokens: int) -> Iterator
 def _kl(p: Float[Tensor, "rows vocab"], q: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
     """KL(p || q) = Σ_v p_v (log p_v − log q_v) of log-probabilities; 0 where p_v is."""
     return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1).double()
-
-
-def _norm(layer: Any) -> float:
-    return float(layer.weight.detach().float().norm())

@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -79,9 +79,9 @@ class HarnessResult:
     cached: bool = False
 
     def record(self) -> dict[str, float]:
-        """Flat scalars by the names that the trackers use: `general/<task>/<metric>`."""
+        """Flat scalars by the names that the trackers use: `general/<tier>/<task>/<metric>`."""
         flat = [(task, metric, value) for task, found in self.scores.items() for metric, value in found.items()]
-        return {f"general/{task}/{metric}": value for task, metric, value in flat}
+        return {f"general/{self.tier}/{task}/{metric}": value for task, metric, value in flat}
 
 
 def evaluate_harness(
@@ -139,6 +139,32 @@ def require_harness() -> str:
     return version("lm_eval")
 
 
+def require_tasks(tasks: Sequence[str], include: str | Path | None = None) -> Any:
+    """The harness's `TaskManager`, which knows these tasks.
+
+    Args:
+        tasks: Names.
+        include: A folder with YAML tasks of your own.
+
+    Raises:
+        FeatclError: If lm-eval is not installed, there is no such folder, or a task is unknown.
+    """
+    require_harness()
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    if include is not None and not Path(include).is_dir():
+        raise FeatclError(f"{include} is no folder; tasks of your own are YAML files in one")
+    folders = [str(LOCAL_TASKS), *([] if include is None else [str(include)])]
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if not set(tasks) <= set(manager.all_tasks):  # reading the harness's own thousands takes seconds
+        manager = TaskManager(include_path=folders)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            near = difflib.get_close_matches(task, manager.all_tasks, n=1)
+            raise FeatclError(f"the harness has no task {task!r}{f', did you mean {near[0]!r}?' if near else ''}")
+    return manager
+
+
 def live_digest(model: nn.Module, *, state: str | None = None) -> str:
     """Digest of a model as it predicts now: `model_digest` of the base alone where no update is on, or none has moved.
 
@@ -152,7 +178,7 @@ def live_digest(model: nn.Module, *, state: str | None = None) -> str:
     digest = hashlib.sha256(model_digest(model).encode())
     if vars(inner_model(model)).get(MEMORIES) and state is None:
         raise FeatclError("a memory is on the model: give `state`, a digest of it, or no cache")
-    moved = {name: parts for name, adapter in adapters_of(model).items() if (parts := _update(adapter))}
+    moved = {name: parts for name, adapter in adapters_of(model).items() if (parts := _update(adapter, state))}
     if not moved and not state:
         return model_digest(model)
     for name, parts in sorted(moved.items()):
@@ -163,20 +189,19 @@ def live_digest(model: nn.Module, *, state: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def _update(adapter: Any) -> list[tuple[str, Tensor]]:
-    """What an adapter adds to the model, by name; nothing where it is off or has not moved."""
+def _update(adapter: Any, state: str | None) -> list[tuple[str, Tensor]]:
+    """What an adapter adds to the model, by name; nothing where it is off, has not moved, or `state` stands for it."""
+    if adapter.delta_norm() == 0:
+        return []
     if isinstance(adapter, LoraAdapter):
         sites = [site for site in adapter.sites if adapter.name in site.module.active_adapters]
-        parts = [(f"{site.name} {which}", f) for site in sites for which, f in zip("AB", site.factors(), strict=True)]
-        return parts if _moved(adapter) else []
+        return [(f"{site.name} {which}", f) for site in sites for which, f in zip("AB", site.factors(), strict=True)]
     if isinstance(adapter, HookAdapter):
         blocks = [part for site in adapter.sites if not site.off for part in (site, *site.kept)]
-        return [found for block in blocks for found in _hook_update(block)] if _moved(adapter) else []
-    raise FeatclError(f"an update of kind {adapter.kind!r} has no digest: give `state`, or no cache")
-
-
-def _moved(adapter: Any) -> bool:
-    return adapter.delta_norm() > 0
+        return [found for block in blocks for found in _hook_update(block)]
+    if state is None:
+        raise FeatclError(f"an update of kind {adapter.kind!r} has no digest: give `state`, or no cache")
+    return []
 
 
 def _hook_update(block: Any) -> list[tuple[str, Tensor]]:
@@ -198,16 +223,8 @@ def _digest(model: nn.Module, tokenizer: Any, tier: HarnessTier, include: Any, s
 
 def _evaluate(model: Any, tokenizer: Any, tier: HarnessTier, include: Any, batch_size: int) -> dict[str, Any]:
     from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
-    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
-    folders = [str(LOCAL_TASKS), *([] if include is None else [str(include)])]
-    manager = TaskManager(include_path=folders, include_defaults=False)
-    if not set(tier.tasks) <= set(manager.all_tasks):  # reading the harness's own thousands takes seconds
-        manager = TaskManager(include_path=folders)
-    for task in tier.tasks:
-        if task not in manager.all_tasks:
-            near = difflib.get_close_matches(task, manager.all_tasks, n=1)
-            raise FeatclError(f"the harness has no task {task!r}{f', did you mean {near[0]!r}?' if near else ''}")
+    manager = require_tasks(tier.tasks, include)
     try:
         found = simple_evaluate(
             model=_wrapped(model, tokenizer, batch_size),

@@ -10,6 +10,7 @@ from typing import Any
 
 from featcl.errors import FeatclError
 from featcl.evaluation.board import Board, GradedBoard, Held, LikelihoodBoard
+from featcl.evaluation.relations import Relations, lab_relations
 from featcl.evaluation.scoring import encode_item, lasting_items
 from featcl.features import read_texts
 from featcl.features.provenance import LINE_WORDS, Digests, text_blocks, text_digests, without_overlap
@@ -59,6 +60,7 @@ class Material:
         heldout: Trajectories by task that are never learned from, like those that are.
         sources: What methods may rehearse or retain, by name: `instructions` (conversations) and `pretraining` (texts).
         segments: Task -> the segment of which it is a part, where several tasks are learned as one.
+        relations: How the columns of R belong together.
     """
 
     tasks: tuple[Task, ...]
@@ -74,6 +76,7 @@ class Material:
     heldout: Mapping[str, Sequence[Trajectory]] = field(default_factory=dict)
     sources: Mapping[str, Sequence[Trajectory]] = field(default_factory=dict)
     segments: Mapping[str, str] = field(default_factory=dict)
+    relations: Relations = field(default_factory=Relations)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -133,6 +136,7 @@ def lab_material(
         digest=stream.digest,
         heldout={task: tuple(_as_trajectory(task, item) for item in items) for task, items in taught.items() if items},
         sources=_sources([_as_text(messages) for messages in stream.background], conversations=stream.background),
+        relations=lab_relations((*taught, *probes)),
     )
 
 
@@ -219,7 +223,7 @@ def file_material(
         for column, blocks in texts.items()
     }  # fmt: skip
     answers = {name: {item.id: [encode_item(chat, item)] for item in items} for name, items in (suites or {}).items()}
-    seen = {source: {t.id: _held(t, encode) for t in split.heldout} for source, split in splits.items()}
+    seen = {source: {t.id: as_held(t, encode) for t in split.heldout} for source, split in splits.items()}
     seen |= {column: {item: _held_text(block) for item, block in blocks.items()} for column, blocks in texts.items()}
     seen |= {name: {item.id: _held_item(item, chat) for item in items} for name, items in (suites or {}).items()}
     unseen = _unseen_in_files(chat, splits, scored=heldout_blocks, suites=suites or {})
@@ -274,8 +278,13 @@ def _background(paths: Sequence[str]) -> tuple[list[str], dict[str, dict[str, st
     return selecting, {name: items for name, items in columns.items() if items}, kept
 
 
-def _held(trajectory: Trajectory, encode: Callable[..., Any]) -> Held:
-    """A held-out trajectory as methods see it: they see no reply of it, and what they put in front is no target."""
+def as_held(trajectory: Trajectory, encode: Callable[..., Any]) -> Held:
+    """A trajectory as methods see it where it is scored: no reply of it, and what they put in front is no target.
+
+    Args:
+        trajectory: The trajectory.
+        encode: Makes `Windows` of a trajectory, as `featcl.streams.encode_trajectory` does.
+    """
     if trajectory.text is not None:
         return _held_text(trajectory.text)
     said = trajectory.messages

@@ -17,6 +17,7 @@ from featcl.evaluation.itemscores import ItemScores
 from featcl.evaluation.metrics import StreamMetrics, column_forgetting, stream_metrics
 from featcl.evaluation.paired import chance_adjusted
 from featcl.files import write_text
+from featcl.html import Shade, table_card
 
 Measure = Literal["accuracy", "nll"]
 HEAD = ("measure", "columns", "n_tasks", "rows", "chance")  # keys of R.json before the values
@@ -189,6 +190,30 @@ class ScoreMatrix:
         if not np.allclose(stored, matrix.values, rtol=0, atol=1e-9, equal_nan=True):
             raise FeatclError(f"{path}: the values are not the means of the items' scores; one of the two was edited")
         return matrix
+
+    def shaded(self) -> list[list[Any]]:
+        """Rows to show: the name, then scores on colours; what was just learned is framed."""
+        shares = self._shares()
+        return [
+            [name, *(Shade(float(value), float(shares[i, j]), framed=0 < i == j + 1 <= self.n_tasks)
+                     for j, value in enumerate(self._values[i]))]
+            for i, name in enumerate(self.rows)
+        ]  # fmt: skip
+
+    def _shares(self) -> np.ndarray:
+        """From 0 for wrong to 1 for right; for `nll` from the worst of a column to its best."""
+        if self.measure == "accuracy" or not self.rows:
+            return self._values
+        good = self.higher_is_better
+        worst, spread = np.fmin.reduce(good, axis=0), np.fmax.reduce(good, axis=0) - np.fmin.reduce(good, axis=0)
+        return (good - worst) / np.where(spread > 0, spread, 1.0)
+
+    def _repr_html_(self) -> str:
+        unit = "share right" if self.measure == "accuracy" else "nats per token, lower is better"
+        about = f"{unit}; a row per training, a column per task, then what is never trained; framed: just learned"
+        return table_card(
+            f"R: {len(self.rows)} rows, {self.n_tasks} tasks", about, ("after", *self.columns), self.shaded()
+        )
 
     def _require_accuracy(self, what: str) -> None:
         if self.measure != "accuracy":

@@ -13,8 +13,9 @@ from jaxtyping import Float
 from featcl.errors import FeatclError
 from featcl.evaluation.intervals import LEVEL, RESAMPLES, Interval, block_bootstrap_mean
 
-# What a record of an update says about its experience, measured before the update.
+# What the record of an experience says of it, measured before it was learned from.
 SCORE, NLL, TOKENS, BASE_NLL = "online/score", "online/nll", "online/tokens", "online/base_nll"
+EXPERIENCES = ("update", "quarantined", "postponed")  # kinds of their records, whatever was learned from them
 
 
 @dataclass(frozen=True)
@@ -121,13 +122,13 @@ def code_length(
 
 
 def online_records(records: Sequence[Mapping[str, Any]], name: str) -> Float[np.ndarray, " time"]:
-    """One number of every record of an update that has it (`online/…`), in order; null is NaN.
+    """One number of every record of an experience that has it (`online/…`), in order; null is NaN.
 
     Args:
         records: Of metrics.jsonl.
         name: `online/score`, `online/nll`, `online/tokens` or `online/base_nll`.
     """
-    found = [record[name] for record in records if record.get("kind") == "update" and name in record]
+    found = [record[name] for record in records if record.get("kind") in EXPERIENCES and name in record]
     return np.array([math.nan if value is None else float(value) for value in found])
 
 

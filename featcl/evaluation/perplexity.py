@@ -83,12 +83,7 @@ def text_perplexity(
     Source: Gao et al. 2020, arXiv:2101.00027, section 3.1 (bits per byte); the strided window is that of transformers'
         guide "Perplexity of fixed-length models".
     """
-    context = min(2048, max_context(model)) if context is None else context
-    stride = context // 2 if stride is None else stride
-    if not 2 <= context <= max_context(model):
-        raise FeatclError(f"perplexity: a context of {context} tokens; this model takes 2 to {max_context(model)}")
-    if not 1 <= stride < context:
-        raise FeatclError(f"perplexity: a stride of {stride} does not fit a context of {context}: 1 to {context - 1}")
+    context, stride = check_window(model, context, stride)
     start, windows = _start(tokenizer), []
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
@@ -109,6 +104,22 @@ def text_perplexity(
         context=context,
         stride=stride,
     )
+
+
+def check_window(model: nn.Module, context: int | None, stride: int | None) -> tuple[int, int]:
+    """Context and stride that a model takes, arguments as for `text_perplexity`.
+
+    Raises:
+        FeatclError: If one of them does not fit.
+    """
+    longest = max_context(model)
+    context = min(2048, longest) if context is None else context
+    stride = context // 2 if stride is None else stride
+    if not 2 <= context <= longest:
+        raise FeatclError(f"perplexity: a context of {context} tokens; this model takes 2 to {longest}")
+    if not 1 <= stride < context:
+        raise FeatclError(f"perplexity: a stride of {stride} does not fit a context of {context}: 1 to {context - 1}")
+    return context, stride
 
 
 def _start(tokenizer: Any) -> int:

@@ -8,6 +8,7 @@ eprocess` needs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from featcl.errors import FeatclError
+from featcl.evaluation.board import Held
 from featcl.evaluation.forward import TargetBatch, Targeted, target_batches
 from featcl.evaluation.scoring import agreement, encode_item
 from featcl.lab.items import Item
@@ -22,6 +24,7 @@ from featcl.streams.windows import cut_windows
 
 LEAST = 1000
 WINDOW = 64  # tokens of an item that is cut out of text
+NO_TASK = "(no task)"  # where methods are told that an item comes from: it is of no task of any stream
 Measure = Literal["reply", "answers", "tokens"]
 
 
@@ -39,6 +42,7 @@ class Pool:
     Args:
         model: The base model (an adapter switched off, or still at its zero start).
         sequences: Prompts with their replies, or windows of text; chosen without a look at any learner.
+        held: The same as methods see them, one for each; needed where methods answer.
         measure: `reply`, `answers` or `tokens`.
         stop_ids: Tokens that end a turn; for `answers`.
         batch_tokens: Padded tokens per forward.
@@ -52,6 +56,7 @@ class Pool:
         model: nn.Module,
         sequences: Sequence[Targeted],
         *,
+        held: Sequence[Held] = (),
         measure: Measure = "reply",
         stop_ids: frozenset[int] = frozenset(),
         batch_tokens: int = 4096,
@@ -63,11 +68,11 @@ class Pool:
             )
         if measure not in get_args(Measure):
             raise FeatclError(f"guard: measure {measure!r} is not one of {', '.join(get_args(Measure))}")
-        self.sequences = tuple(sequences)
+        self.sequences, self.held = tuple(sequences), tuple(held)
         self.measure: Measure = measure
         self.stop_ids = stop_ids
         self.batch_tokens = batch_tokens
-        self.base = self.scores(model, range(len(self.sequences)))
+        self.base = self._scores(model, self.sequences)
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -82,21 +87,55 @@ class Pool:
             raise FeatclError(f"guard: {count} items per look from a pool of {len(self)}; draw between 1 and that many")
         return torch.randperm(len(self), generator=generator)[:count]
 
-    def losses(self, model: nn.Module, chosen: Int[Tensor, " count"]) -> Float[Tensor, " count"]:
+    def losses(
+        self, model: nn.Module, chosen: Int[Tensor, " count"], *, answering: Any = None
+    ) -> Float[Tensor, " count"]:
         """max(0, base score − score now) of the chosen items, each in [0, 1].
 
+        Args:
+            model: The model as it is now.
+            chosen: Indices of items.
+            answering: How questions are answered with methods (`featcl.methods.answering.Answering`); None: as they
+                are asked, by the model as it is.
+
         Raises:
-            FeatclError: If the model's predictions are not finite.
+            FeatclError: If the model's predictions are not finite, or methods answer and the pool does not know what
+                its items ask.
         """
-        lost = (self.base[chosen] - self.scores(model, chosen.tolist())).clamp(min=0.0)
+        places = chosen.tolist()
+        if answering is None:
+            now = self._scores(model, [self.sequences[place] for place in places])
+        else:
+            now = self._answered(model, places, answering)
+        lost = (self.base[chosen] - now).clamp(min=0.0)
         if not bool(torch.isfinite(lost).all()):
             raise FeatclError("guard: the model's predictions on the pool are not finite; lower the learning rate")
         return lost
 
-    def scores(self, model: nn.Module, chosen: Sequence[int]) -> Float[Tensor, " count"]:
-        """The score of each chosen item, in float64."""
-        total = torch.zeros(len(chosen), dtype=torch.float64)
-        sequences = [self.sequences[index] for index in chosen]
+    def _answered(self, model: nn.Module, chosen: Sequence[int], answering: Any) -> Float[Tensor, " count"]:
+        """The scores of the chosen items, as they are asked and by the adapter that answers them."""
+        if len(self.held) != len(self.sequences):
+            raise FeatclError("guard: methods answer, and the pool has no questions for them; give it `held`")
+        held = [self.held[place] for place in chosen]
+        asked = [self._asked(place, answering) for place in chosen]
+        found = torch.zeros(len(chosen), dtype=torch.float64)
+        for places, state in answering.grouped([each.question for each in held], [NO_TASK] * len(held)):
+            with state:
+                found[list(places)] = self._scores(model, [asked[place] for place in places])
+        return found
+
+    def _asked(self, place: int, answering: Any) -> Targeted:
+        """An item with what methods put in front; nothing stands in front of text."""
+        held = self.held[place]
+        asked = held.question if held.windows is None else answering.asked(held.question, NO_TASK)
+        if held.windows is None or asked is held.question:
+            return self.sequences[place]
+        [found] = held.windows(asked)
+        return found
+
+    def _scores(self, model: nn.Module, sequences: Sequence[Targeted]) -> Float[Tensor, " count"]:
+        """The score of each, in float64."""
+        total = torch.zeros(len(sequences), dtype=torch.float64)
         for batch in target_batches(model, sequences, batch_tokens=self.batch_tokens):
             total.index_add_(0, batch.owner, self._of_targets(batch).double().cpu())
         if self.measure == "reply":
@@ -117,8 +156,15 @@ def item_pool(
     model: nn.Module, chat: Any, items: Sequence[Item], *, measure: Measure = "reply", batch_tokens: int = 4096
 ) -> Pool:
     """A pool of graded items; see `Pool`."""
+
+    def held(item: Item) -> Held:
+        return Held(item.messages, lambda asked: [encode_item(chat, replace(item, messages=tuple(asked)))])
+
     encoded = [encode_item(chat, item) for item in items]
-    return Pool(model, encoded, measure=measure, stop_ids=chat.stop_ids, batch_tokens=batch_tokens)
+    return Pool(
+        model, encoded, held=[held(item) for item in items], measure=measure, stop_ids=chat.stop_ids,
+        batch_tokens=batch_tokens,
+    )  # fmt: skip
 
 
 def text_pool(model: nn.Module, chat: Any, blocks: Sequence[str], *, count: int) -> Pool:
@@ -134,7 +180,7 @@ def text_pool(model: nn.Module, chat: Any, blocks: Sequence[str], *, count: int)
         FeatclError: If there is too little text.
     """
     found = [
-        window
+        (window, Held(({"role": "user", "content": block},)))
         for block in blocks
         for window in cut_windows(chat.encode_text(block), max_length=WINDOW, start=chat.start_id).windows
         if sum(window.loss_mask[1:]) >= WINDOW // 4  # the mean over a few tokens says little
@@ -145,7 +191,9 @@ def text_pool(model: nn.Module, chat: Any, blocks: Sequence[str], *, count: int)
             f"needs {LEAST}, so give it more text of what must not be forgotten"
         )
     step = max(1.0, len(found) / count)
-    return Pool(model, [found[int(index * step)] for index in range(min(count, len(found)))], measure="tokens")
+    chosen = [found[int(index * step)] for index in range(min(count, len(found)))]
+    windows, held = zip(*chosen, strict=True)
+    return Pool(model, windows, held=held, measure="tokens")
 
 
 def lab_items(count: int, *, seed: int, without: Sequence[Item] = ()) -> tuple[Item, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -95,6 +95,43 @@ class Relations:
         unknown = [name for name in names if name not in columns]
         if unknown:
             raise FeatclError(f"relations: {unknown[0]!r} is no column of R; columns: {', '.join(columns)}")
+
+
+# How the laboratory's tasks belong together (`featcl.lab.tasks`): each part holds where all its columns are in R.
+_LAB = Relations(
+    composed={
+        "style_and_fact": ("home_style", "home_facts"),
+        "style_and_fact_named": ("home_style", "home_facts"),
+        "convention_and_library": ("code_convention", "code_library"),
+        "convention_and_library_named": ("code_convention", "code_library"),
+    },
+    named={
+        "style_and_fact_named": "style_and_fact",
+        "convention_and_library_named": "convention_and_library",
+    },
+    across={"labels_across": ("labels_first", "labels_last")},
+    related=(("related_first", "related_second"),),
+    contradicts={"facts_changed": "home_facts", "library_changed": "code_library"},
+)
+
+
+def lab_relations(columns: Collection[str]) -> Relations:
+    """What is known of these columns of one of the laboratory's streams.
+
+    Args:
+        columns: Its tasks and probes.
+    """
+
+    def there(*names: str) -> bool:
+        return all(name in columns for name in names)
+
+    return Relations(
+        composed={whole: parts for whole, parts in _LAB.composed.items() if there(whole, *parts)},
+        named={named: other for named, other in _LAB.named.items() if there(named, other)},
+        across={across: tasks for across, tasks in _LAB.across.items() if there(across, *tasks)},
+        related=tuple(group for group in _LAB.related if there(*group)),
+        contradicts={later: earlier for later, earlier in _LAB.contradicts.items() if there(later, earlier)},
+    )
 
 
 def _names(values: Any) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 from featcl.errors import FeatclError
 from featcl.evaluation.matrix import ScoreMatrix
 from featcl.evaluation.metrics import FORMULAS
+from featcl.html import card, note, table
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,24 @@ class RunResult:
         except ValueError as error:
             raise FeatclError(f"{path / 'summary.json'}: not JSON ({error})") from error
         return cls(path, ScoreMatrix.load(path / "R.json"), summary)
+
+    def _repr_html_(self) -> str:
+        summary, found = self.summary, self.summary["metrics"]
+        unit = "share right" if self.matrix.measure == "accuracy" else "nats per token, lower is better"
+        metrics = [
+            (name, float(found[name]), formula) for name, formula in FORMULAS.items() if found.get(name) is not None
+        ]
+        names = ("updates", "tokens", "trained_parameters", "delta_norm", "quarantined", "alarms")
+        facts = {name: summary[name] for name in names if summary.get(name) is not None}
+        facts |= {f"leak: {name}": value for name, value in (summary.get("leak") or {}).items()}
+        return card(
+            f"{summary['study']}/{summary['arm']}, seed {summary['seed']}",
+            note(f"R, {unit}; framed: just learned"),
+            table(("after", *self.matrix.columns), self.matrix.shaded()),
+            table(("metric", "", "formula"), metrics),
+            table((), facts.items()),
+            note(str(self.path / "report.html")),
+        )
 
     def print(self) -> None:
         """Scores before and after, the metrics with their formulas, and where the report lies; to standard output."""

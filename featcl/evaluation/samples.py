@@ -12,6 +12,7 @@ from torch import Tensor
 
 from featcl.evaluation.forward import target_batches
 from featcl.evaluation.scoring import Reply
+from featcl.html import card, coloured, note
 from featcl.streams import Chat, Trajectory
 from featcl.streams.rollouts import generate
 
@@ -40,6 +41,10 @@ class Sample:
     def mean_kl(self) -> float:
         """Nats per token."""
         return sum(self.kl) / len(self.kl)
+
+    def _repr_html_(self) -> str:
+        about = f"KL(now ‖ base) of each prediction: mean {self.mean_kl:.3g}, at most {max(self.kl):.3g} nats"
+        return card("Reply", note(self.prompt), coloured(self.tokens, self.kl), note(about))
 
     def row(self, after: str) -> list[Any]:
         """A row of the table `samples`: what was sampled after training on `after`."""

@@ -70,6 +70,18 @@ class SegmentedAnswering:
         return None if task is None else self.segments.get(task, task)
 
 
+def answering_in(answering: Any, segments: Mapping[str, str]) -> Any:
+    """How questions are answered by methods that know segments; None where no method has a say.
+
+    Args:
+        answering: `featcl.methods.answering.Answering`.
+        segments: Task -> its segment.
+    """
+    if answering.plain:
+        return None
+    return SegmentedAnswering(answering, segments) if segments else answering
+
+
 def in_segments(material: Material, by: Literal["domain", "joint"]) -> Material:
     """The same material, of which whole domains, or all tasks, are learned as one.
 

@@ -122,20 +122,33 @@ def shift_series(
     Source: gradient cosine as a distance of tasks: Yu et al. 2020, arXiv:2001.06782, section 2.1; Du et al. 2018,
         arXiv:1812.02224.
     """
-    if len(segments) < 2:
-        raise FeatclError(f"shift: {len(segments)} segment; a distance needs two or more")
+    check_segments(model, segments, layers)
     steps: list[Shift] = []
     with _differentiable(model, layers) as weights:
         previous: tuple[str, tuple[_Half, _Half]] | None = None
         for name, sequences in segments.items():
-            if len(sequences) < 2:
-                raise FeatclError(f"shift: segment {name!r} has {len(sequences)} sequence; each needs two or more")
             halves = tuple(_read(model, list(sequences)[start::2], weights, batch_tokens) for start in (0, 1))
             now = (name, (halves[0], halves[1]))
             if previous is not None:
                 steps.append(_step(previous, now))
             previous = now
     return ShiftSeries(tuple(steps))
+
+
+def check_segments(
+    model: nn.Module, segments: Mapping[str, Sequence[Targeted]], layers: Sequence[int] | None = None
+) -> None:
+    """Raise what `shift_series` would, before anything is computed."""
+    if len(segments) < 2:
+        raise FeatclError(f"shift: {len(segments)} segment; a distance needs two or more")
+    for name, sequences in segments.items():
+        if len(sequences) < 2:
+            raise FeatclError(f"shift: segment {name!r} has {len(sequences)} sequence; each needs two or more")
+    blocks = residual_map(model).n_layers
+    if wrong := [layer for layer in layers or () if not 0 <= layer < blocks]:
+        raise FeatclError(f"shift: layer {wrong[0]} is out of range, the model has blocks 0 to {blocks - 1}")
+    if layers is not None and not layers:
+        raise FeatclError("shift: no layers to take a gradient of: the list is empty")
 
 
 def cut_segments(sequences: Sequence[Targeted], count: int) -> dict[str, Sequence[Targeted]]:
@@ -249,10 +262,6 @@ def _predictions(model: Any, group: Sequence[Targeted]) -> tuple[Float[Tensor, "
 def _differentiable(model: Any, layers: Sequence[int] | None) -> Iterator[list[Any]]:
     """The writers' weights of these blocks, asking for a gradient inside the block; the model's flags are put back."""
     residual = residual_map(model)
-    if wrong := [layer for layer in layers or () if not 0 <= layer < residual.n_layers]:
-        raise FeatclError(f"shift: layer {wrong[0]} is out of range, the model has blocks 0 to {residual.n_layers - 1}")
-    if layers is not None and not layers:
-        raise FeatclError("shift: no layers to take a gradient of: the list is empty")
     inner = inner_model(model)
     sites = [site for site in residual.writers if layers is None or site.layer in layers]
     modules = [inner.get_submodule(site.name) for site in sites]

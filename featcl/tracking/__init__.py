@@ -4,7 +4,7 @@ from featcl.tracking.base import Behind, Guarded, RunNames, Tracker, Trackers
 from featcl.tracking.jsonl import CutBack, JsonlTracker, MetricsFile, cut_back, read_metrics
 from featcl.tracking.opening import open_backends
 from featcl.tracking.rebuild import rebuild, replay
-from featcl.tracking.wandb import WandbRun, WandbTracker, open_wandb
+from featcl.tracking.wandb import WandbTracker, open_wandb
 
 __all__ = [
     "Behind",
@@ -15,7 +15,6 @@ __all__ = [
     "RunNames",
     "Tracker",
     "Trackers",
-    "WandbRun",
     "WandbTracker",
     "cut_back",
     "open_backends",

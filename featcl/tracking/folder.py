@@ -23,7 +23,9 @@ from featcl.tracking.progress import say
 
 QUARANTINE = "quarantine.jsonl"
 # What a run writes; `--overwrite` removes these and nothing else.
-FILES = ("config.json", "env.json", "metrics.jsonl", "R.json", "summary.json", "report.html", QUARANTINE)
+FILES = (
+    "config.json", "env.json", "metrics.jsonl", "R.json", "cost.json", "summary.json", "report.html", QUARANTINE,
+)  # fmt: skip
 FOLDERS = ("adapter", "directions", "episodes", "ledger", "memory", "plots", "state", "tables", "tensorboard", "wandb")
 CURRENT, CHECK, FIRST = "state/current.json", "check.json", "00000000"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}  # what a disk says that takes no more

@@ -45,6 +45,9 @@ def run_figures(
     kept = "retention (1 − forgetting)" if scores is None or scores.kept else "retention (−forgetting)"
     norms = {"x_label": "‖ΔW‖", "y_label": kept, "joined": True}
     kl = {"x_label": "KL to the base model, nats per token", "y_label": "mean forgetting", "fit": "each"}
+    shift = {"x_label": "distance from the task before, 1 − cos of gradients", "y_label": "cost to the rest",
+             "fit": "all"}  # fmt: skip
+    shifts = plots_read.shift_and_forgetting(records, scores)
     memory = plots_read.recall_of(records, tables.get("memory_recall"))
     samples = plots_read.samples_of(tables.get("samples"))
     matrix = scores if scores is not None and scores.rows else Absent("nothing was evaluated")
@@ -55,6 +58,7 @@ def run_figures(
         "drift": _distances(records),
         "norm_retention": _drawing(plots_relations.relation, plots_read.norm_and_retention(records, scores), **norms),
         "kl_forgetting": _drawing(plots_relations.relation, plots_read.kl_and_forgetting(records), **kl),
+        "shift_forgetting": _drawing(plots_relations.relation, shifts, **shift),
         "feature_drift": _drawing(plots_ledger.bars, plots_read.drift_of(tables.get("feature_drift")),
                                   x_label="change of mean activation"),
         "token_kl": _drawing(plots_tokens.token_kl, samples if isinstance(samples, Absent) else samples[-1]),
@@ -127,9 +131,10 @@ def _losses(records: Sequence[Record]) -> Callable[[], Figure] | Absent:
 
 
 def _distances(records: Sequence[Record]) -> Callable[[], Figure] | Absent:
-    """KL to the base model and of every update, and ‖ΔW‖."""
-    kl = {**plots_read.curves(records, "canary/kl"), **plots_read.curves(records, "update/kl")}
-    norms = plots_read.curves(records, "constraint/delta_norm")
+    """KL to the base model and of every update, and ‖ΔW‖, in all and by block."""
+    kl = {name: curve for prefix in ("canary/kl", "update/kl", "drift/kl_")
+          for name, curve in plots_read.curves(records, prefix).items()}  # fmt: skip
+    norms = {**plots_read.curves(records, "constraint/delta_norm"), **plots_read.curves(records, "drift/delta_norm_")}
     groups = {"KL, nats per token": kl, "‖ΔW‖": norms} if kl or norms else Absent("neither KL nor ‖ΔW‖ was recorded")
     return _drawing(plots_curves.stacked, groups, starts=plots_read.task_starts(records), x_label="tokens seen")
 

@@ -59,8 +59,16 @@ class Scores:
 
     def mean_forgetting(self, row: int) -> float | None:
         """Over the tasks that were trained before this row's own, and all that is never trained."""
-        old = [j for j in range(len(self.columns)) if j < min(row - 1, self.n_tasks) or j >= self.n_tasks]
-        return mean(self.forgetting(row, j) for j in old)
+        return mean(self.forgetting(row, j) for j in self._old(row))
+
+    def mean_cost(self, row: int) -> float | None:
+        """The row before minus this row, higher is better, over the same columns: what learning this task cost."""
+        sign = 1.0 if self.measure == "accuracy" else -1.0
+        pairs = [(self.values[row - 1][j], self.values[row][j]) for j in self._old(row)]
+        return mean(sign * (was - now) for was, now in pairs if is_number(was) and is_number(now))
+
+    def _old(self, row: int) -> list[int]:
+        return [j for j in range(len(self.columns)) if j < min(row - 1, self.n_tasks) or j >= self.n_tasks]
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,17 @@ def norm_and_retention(records: Sequence[Record], scores: Scores | None = None) 
     return shown if norm and shown else Absent("‖ΔW‖ and forgetting were not both measured")
 
 
+def shift_and_forgetting(records: Sequence[Record], scores: Scores | None = None) -> dict[str, Curve] | Absent:
+    """Of every task after the first: how far it lies from the one before, and what learning it cost the rest."""
+    measured = [record for record in records if record.get("kind") == "evaluation"]
+    if scores is None or not any("shift/gradient" in record for record in measured):
+        return Absent("no distance between the tasks of the stream was measured (evaluation.shift)")
+    known = [(record.get("shift/gradient"), scores.mean_cost(row))
+             for row, record in enumerate(measured[: len(scores.rows)]) if row >= 2]  # fmt: skip
+    points = [(x, y) for x, y in known if is_number(x) and y is not None]
+    return {"tasks": _curve(points)} if points else Absent("no task has both a distance and a cost")
+
+
 def _general_lost(record: Record, best: dict[str, float]) -> float | None:
     return mean(_drops(record, best))
 
@@ -184,13 +195,13 @@ def samples_of(table: Table | None) -> list[TokenKL] | Absent:
     if table is None:
         return Absent("no sampled text was kept with the KL of its tokens (tables/samples.json)")
     prompts = table.column("prompt") or [""] * len(table.rows)
-    rows = zip(table.column("pieces"), table.column("kl"), prompts, strict=False)
+    rows = zip(table.column("pieces") or table.column("tokens"), table.column("kl"), prompts, strict=False)
     found = [
         TokenKL(tuple(map(str, pieces)), tuple(float(value) if is_number(value) else math.nan for value in kl), str(p))
         for pieces, kl, p in rows
         if isinstance(pieces, list) and isinstance(kl, list) and pieces and len(pieces) == len(kl)
     ]
-    return found or Absent("tables/samples.json has no row with pieces and as many numbers in kl")
+    return found or Absent("tables/samples.json has no row with tokens (or pieces) and as many numbers in kl")
 
 
 def recall_of(records: Sequence[Record], table: Table | None = None) -> RecallCurves | Absent:

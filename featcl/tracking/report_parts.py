@@ -9,7 +9,7 @@ from typing import Any
 
 from featcl.tracking import page
 from featcl.tracking.base import flatten
-from featcl.tracking.names import FORMULAS
+from featcl.tracking.names import FORMULAS, meaning
 from featcl.tracking.page import Part
 from featcl.tracking.plots_data import Absent, Scores, Table, is_number
 from featcl.tracking.plots_read import samples_of, timeline_of
@@ -19,7 +19,8 @@ from featcl.tracking.report_files import RunFiles
 SHOWN_ELSEWHERE = ("R", "report_card", "samples")
 NAMED_ITEMS, NAMED_UPDATES, NAMED_SAMPLES = 100, 40, 12
 _TITLES = {"features": "What the adapter does, feature by feature", "feature_drift": "Features that drifted",
-           "memory_recall": "Recall of the memory"}  # fmt: skip
+           "memory_recall": "Recall of the memory", "shift": "How far apart consecutive segments of the stream are",
+           "sae_validity": "Whether the SAE still fits, by the scale of the update"}  # fmt: skip
 
 
 def matrix(scores: Scores | None) -> Part:
@@ -44,6 +45,19 @@ def numbers(summary: Mapping[str, Any]) -> Part:
     flat = {name: value for name, value in flatten(summary).items() if not isinstance(value, (list, tuple))}
     rows = [[name, value, FORMULAS.get(name.rsplit("/", 1)[-1], "")] for name, value in flat.items()]
     return Part("Final numbers", page.table(("name", "value", "formula"), rows))
+
+
+def measures(records: Sequence[Mapping[str, Any]], scores: Scores | None) -> Part:
+    """What was measured with every row of R beside its columns, a line each."""
+    rows = [record for record in records if record.get("kind") == "evaluation"]
+    general = {f"general/{column.removeprefix('general/')}" for column in (() if scores is None else scores.columns)}
+    names = sorted({name for record in rows for name, value in record.items() if is_number(value) and "/" in name})
+    shown = [name for name in names if not name.startswith(("R/", "forgetting/", "seconds/")) and name not in general]
+    cells = [[name, *(record.get(name) for record in rows), meaning(name) or ""] for name in shown]
+    note = "At every row of R, the base model's first."
+    return Part(
+        "Beside the score matrix", page.table(("name", *(str(r.get("row")) for r in rows), "meaning"), cells), note
+    )
 
 
 def flips(found: Mapping[str, Any]) -> Part:

@@ -21,7 +21,6 @@ from featcl.tracking.names import TOKENS_SEEN
 
 log = logging.getLogger(__name__)
 Mode = Literal["offline", "online", "disabled"]
-WandbRun = RunNames
 ARTIFACTS = {"adapter": "model", "directions": "directions"}
 """Folder of a run -> type of the artifact that it becomes at the end."""
 FINISH_SECONDS = 60  # that a finished run waits for its upload

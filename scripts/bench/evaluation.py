@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
 from featcl.build import Experiment, build  # noqa: E402
+from featcl.build.reuse import BaseOnce  # noqa: E402
 from featcl.config import RunConfig  # noqa: E402
 from featcl.models import inner_model  # noqa: E402
 from featcl.tracking.ahead import WriteAhead  # noqa: E402
@@ -83,7 +84,9 @@ def parse() -> argparse.Namespace:
 
 def evaluation(experiment: Experiment, repeats: int) -> dict[str, Any]:
     """Medians of seconds by arm, with the forwards and tokens of each."""
-    model, board, canaries = experiment.adapter.model, experiment.material.board, experiment.canaries
+    model, once, canaries = experiment.adapter.model, experiment.material.board, experiment.canaries
+    assert isinstance(once, BaseOnce)
+    board = once.board  # what it knows of the base model is not what is timed
     assert canaries is not None
     columns = board.score(model)
     items = [(column, item) for column, scores in columns.items() for item in scores]

@@ -4,7 +4,7 @@ Sweeps `experiments/quickstart` (both arms, as many seeds as give that many runs
 persistent workers of one thread each, and shows where the seconds of a run go:
 
     learning      updates, evaluations, canaries: what metrics.jsonl times
-    base          of these, the first row of R, which every run of one model and stream measures again
+    base          of these, the first row of R, which a worker measures once for all runs of one model and stream
     set-up        from the run's beginning to its first record: model, SAE, stream, selection, adapter
     close         from the last record to the end: adapter, tables, pictures, report
     between       from one run of a worker to its next

@@ -34,8 +34,9 @@ def test_the_base_model_has_no_distance_to_itself() -> None:
     assert reading.forgetting == {"beta": 0.0, "alpha": 0.0}
     assert reading.right_to_wrong == reading.wrong_to_right == ()
     assert set(reading.record()) == {
-        "canary/loss_tasks", "canary/loss_general", "canary/kl_tasks", "canary/kl_general", "forgetting/alpha",
-        "forgetting/beta", "general/facts", "canary/right_to_wrong", "canary/wrong_to_right",
+        "canary/loss_tasks", "canary/loss_general", "canary/kl_tasks", "canary/kl_general", "score/alpha",
+        "score/beta", "forgetting/alpha", "forgetting/beta", "general/facts", "canary/right_to_wrong",
+        "canary/wrong_to_right",
     }  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def step(adapter: Any, ids: torch.Tensor) -> None:
     adapter.model(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum().backward()
 
 
-@pytest.mark.parametrize("kind", ["none", "both", "residual", "shift"])
+@pytest.mark.parametrize("kind", ["none", "both", "residual", "shift", "full"])
 def test_training_steps_cost_what_torch_counts(kind: str) -> None:
     adapter = adapted(kind)
     with CostMeter(adapter.model) as meter, FlopCounterMode(display=False) as counter:

@@ -9,6 +9,8 @@ import torch
 
 import featcl
 from featcl.adapters import constrain
+from featcl.adapters.full import constrain_full
+from featcl.adapters.mixture import constrain_mixture
 from featcl.adapters.osf import constrain_osf
 from featcl.errors import FeatclError
 from featcl.evaluation.drift import kl_drift, scaled, token_kl, weight_drift
@@ -122,6 +124,28 @@ def test_norms_of_a_hook_kind_and_of_one_without_directions() -> None:
     assert found.relative == {}
     osf = constrain_osf(tiny_model(), layers=[1])
     assert weight_drift(osf).total == pytest.approx(osf.delta_norm(), abs=1e-4)
+    with pytest.raises(FeatclError, match="'mixture' is another at every token"):
+        weight_drift(constrain_mixture(tiny_model(), layers=[1]))
+
+
+def test_of_full_fine_tuning_the_change_is_measured_and_scaled_not_the_weights() -> None:
+    model = tiny_model()
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    adapter = constrain_full(model)
+    assert weight_drift(adapter).total == 0.0
+    move(adapter, 0.01)
+    found = weight_drift(adapter)
+    assert found.total == pytest.approx(adapter.delta_norm())
+    name = "model.layers.1.mlp.down_proj.weight"
+    change = adapter.coordinates()[name] - base[name]
+    assert found.sites[name] == pytest.approx(float(change.norm()), rel=1e-4)
+    assert found.relative[name] == pytest.approx(float(change.norm() / base[name].norm()), rel=1e-4)
+    assert sum(norm**2 for norm in found.layers.values()) < found.total**2, "the last norm is in no block"
+    with scaled(adapter, 0.0):
+        assert adapter.delta_norm() == pytest.approx(0.0, abs=1e-6)
+    with scaled(adapter, 2.0):
+        assert adapter.delta_norm() == pytest.approx(2 * found.total, rel=1e-4)
+    assert adapter.delta_norm() == pytest.approx(found.total)
 
 
 @pytest.mark.parametrize("kind", ["none", "write", "read", "both", "residual", "scale"])

@@ -71,7 +71,7 @@ def test_what_the_harness_finds_is_what_our_own_scorers_find(harness: str, small
     own = text_perplexity(model, tokenizer, texts)
     assert found.scores["featcl_lab_text"]["bits_per_byte"] == pytest.approx(own.bits_per_byte, rel=1e-3)
     assert found.counts == dict.fromkeys(ALL.tasks, 12)
-    assert found.record()["general/featcl_lab_choice/acc"] == found.scores["featcl_lab_choice"]["acc"]
+    assert found.record()["general/test/featcl_lab_choice/acc"] == found.scores["featcl_lab_choice"]["acc"]
 
 
 def test_a_model_that_is_broken_is_at_chance(harness: str) -> None:

@@ -86,7 +86,9 @@ def make_run(
         "probes": dict.fromkeys(PROBES, 0.0),
         "trained_parameters": 640,
     }
-    write_json(folder / "summary.json", {**summary, "relations": relations or {}})
+    write_json(folder / "summary.json", {**summary, "relations": relations or {}, "stored_bytes": {"adapter": 512}})
+    if online:
+        write_json(folder / "cost.json", {"phases": {"learning": {"peak_rss_bytes": 1 << 20}}})
     return folder
 
 
@@ -133,6 +135,8 @@ def test_every_desideratum_has_its_numbers_with_references_and_limits(run: Path,
         "seconds": (20.0, {}),
         "flops": (40 * 6e6, {}),
         "trained_parameters": (640, {}),
+        "adapter_bytes": (512, {}),
+        "peak_bytes": (1 << 20, {}),
         "online_accuracy": (0.45, {}),
         "code_saved": (1 - sum(1 / n for n in range(1, 11)) / 10, {"base": 0.0}),
         "composed/both": (0.2, {"base": 0.0, "joint": 0.8}),
@@ -200,6 +204,7 @@ def test_what_is_missing_is_named_with_what_it_takes(tmp_path: Path) -> None:
     assert "relations in summary.json" in missing["composition_gap"]
     assert "relations.claims" in missing["resistance"]
     assert "cost/forward_flops" in missing["flops"]
+    assert "cost.json" in missing["peak_bytes"]
     assert "chance in R.json" in missing["acc_chance_adjusted"]
     with pytest.raises(FeatclError, match="online_accuracy was not measured: it was not recorded"):
         card.number("online_accuracy")

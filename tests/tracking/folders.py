@@ -70,7 +70,8 @@ def records(updates: int = 120, *, tasks: tuple[str, ...] = TASKS, seed: int = 0
             kl = {"canary/kl_tasks": 0.01 * update + 0.1 * noise.random(), "canary/kl_general": 0.003 * update}
             rows.append({"kind": "canaries", **now, **lost, **general, **kl})
         if update == updates or update * len(tasks) // updates > done:
-            rows.append({"kind": "evaluation", "row": tasks[done], **now, **_cells(scores, done + 1)})
+            shift = {"shift/gradient": 0.5 + 0.1 * (done % 4), "shift/js": 0.01 * done} if done else {}
+            rows.append({"kind": "evaluation", "row": tasks[done], **now, **_cells(scores, done + 1), **shift})
     return rows
 
 

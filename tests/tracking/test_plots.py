@@ -81,8 +81,8 @@ def test_an_svg_is_xml_without_a_date_or_a_script(run: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(plots_names := (
-    "R", "forgetting", "loss", "drift", "norm_retention", "kl_forgetting", "feature_drift", "token_kl", "ledger",
-    "memory", "frontier",
+    "R", "forgetting", "loss", "drift", "norm_retention", "kl_forgetting", "shift_forgetting", "feature_drift",
+    "token_kl", "ledger", "memory", "frontier",
 )))  # fmt: skip
 def test_a_reader_can_read_it_at_half_a_column(run: dict[str, Any], name: str) -> None:
     assert set(run) == set(plots_names)

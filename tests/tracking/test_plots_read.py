@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from featcl.evaluation import column_forgetting
+from featcl.evaluation.samples import COLUMNS
 from featcl.learning.history import Line
 from featcl.tracking import plots_read
 from featcl.tracking.plots_data import Absent, Curve, RecallCurves, Scores, Table, Timeline
@@ -65,6 +66,21 @@ def test_kl_norm_and_forgetting_at_the_canaries() -> None:
     assert isinstance(plots_read.norm_and_retention(records[1:2]), Absent), "no update, no norm"
 
 
+def test_the_cost_of_a_task_stands_beside_its_distance_from_the_one_before() -> None:
+    """By hand: the second task costs the first 0.3 and general ability 0.1; the third costs 0.2, 0.0 and 0.1."""
+    values = ((0.0, 0.0, 0.0, 1.0), (0.9, 0.0, 0.0, 1.0), (0.6, 0.8, 0.0, 0.9), (0.4, 0.8, 0.9, 0.8))
+    scores = Scores(("base", "a", "b", "c"), ("a", "b", "c", "g"), values, 3)
+    records = [{"kind": "evaluation", "row": row} for row in scores.rows]
+    assert isinstance(plots_read.shift_and_forgetting(records, scores), Absent)
+    records[2]["shift/gradient"], records[3]["shift/gradient"] = 0.9, 0.2  # type: ignore[assignment]
+    found = plots_read.shift_and_forgetting(records, scores)
+    assert not isinstance(found, Absent)
+    assert found["tasks"].x == (0.9, 0.2)
+    assert found["tasks"].y == pytest.approx((0.2, 0.1))
+    likelihoods = Scores(scores.rows, scores.columns, tuple(tuple(-v for v in row) for row in values), 3, "nll")
+    assert likelihoods.mean_cost(2) == pytest.approx(0.2), "of losses, what rises is lost"
+
+
 def test_starts_of_tasks() -> None:
     records = [{"task": task, "tokens_seen": x} for x, task in enumerate("aabbca")]
     assert plots_read.task_starts(records) == (2, 4, 5)
@@ -104,6 +120,9 @@ def test_tables_are_read_by_the_names_of_their_columns() -> None:
     assert isinstance(recall, RecallCurves)
     assert recall.curves["truncated"].x == (0, 1, 2, 4, 8, 16, 32)
     assert recall.chance == 0.02
+    run = plots_read.samples_of(Table(COLUMNS, (("home", "who?", "a b", 0.5, ["a", " b"], [0.2, 0.8]),)))
+    assert not isinstance(run, Absent), "as a run keeps them"
+    assert run[0].pieces == ("a", " b")
     assert isinstance(plots_read.samples_of(Table(("pieces", "kl"), ((["a"], [1.0, 2.0]),))), Absent), "they must match"
     assert isinstance(plots_read.drift_of(Table(("name",), (("a",),))), Absent)
 

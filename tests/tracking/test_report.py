@@ -76,7 +76,7 @@ def test_the_report_is_one_small_file_that_loads_nothing(reported: Path) -> None
     reader, text = read(path)
     assert path.stat().st_size < 5_000_000
     pictures = [source for source in reader.sources if source.startswith("data:image/png;base64,")]
-    assert len(pictures) == 10
+    assert len(pictures) == 11
     assert all(source.startswith("#part-") for source in reader.sources if source not in pictures), "links stay inside"
     assert "//" not in re.sub(r'"data:image/png;base64,[^"]*"', "", path.read_text()), "no address of any kind"
     for words in ("quickstart/base, seed 0", "120 updates", "adapter both", "formal register", "2.13.0", "0.710"):
@@ -243,10 +243,10 @@ def test_cells_that_were_not_measured_are_empty(run: Path) -> None:
 
 def test_pictures_alone_and_why_others_are_not_drawn(run: Path) -> None:
     pictures = draw_plots(run)
-    assert len(pictures) == 10
+    assert len(pictures) == 11
     assert {path.suffix for path in (run / "plots").iterdir()} == {".png", ".svg"}
     shutil.rmtree(run / "tables")
-    assert len(draw_plots(run)) == 8, "the memory is drawn from metrics.jsonl then"
+    assert len(draw_plots(run)) == 9, "the memory is drawn from metrics.jsonl then"
     assert not (run / "plots" / "feature_drift.png").exists(), "a picture of an earlier state goes"
     _, shown = read(write_report(run))
     assert "2 pictures are not drawn" in shown

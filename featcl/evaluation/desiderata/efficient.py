@@ -30,12 +30,11 @@ def efficient(evidence: Evidence) -> Desideratum:
         _add_to_target(sheet)
     summary = evidence.run.summary
     sheet.count("trained_parameters", "numbers that are trained", summary.get("trained_parameters"))
-    stored, cost = (summary.get(name) or {} for name in ("stored_bytes", "cost"))
+    stored, learning = summary.get("stored_bytes") or {}, evidence.run.costs.get("learning") or {}
     sheet.count("adapter_bytes", "bytes of the saved adapter", stored.get("adapter"), unit="bytes",
                 why="it was not recorded (stored_bytes.adapter in summary.json)")  # fmt: skip
-    sheet.count("peak_bytes", "most resident memory while learning",
-                (cost.get("learning") or {}).get("peak_rss_bytes"), unit="bytes",
-                why="it was not recorded (cost.learning.peak_rss_bytes in summary.json)")  # fmt: skip
+    sheet.count("peak_bytes", "most resident memory while learning", learning.get("peak_rss_bytes"), unit="bytes",
+                why="it was not recorded (cost.json); set evaluation.cost")  # fmt: skip
     _add_online(sheet)
     return sheet.done()
 

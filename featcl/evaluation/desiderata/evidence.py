@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from featcl.errors import FeatclError
+from featcl.evaluation.cost import COSTS
 from featcl.evaluation.matrix import ScoreMatrix
+from featcl.evaluation.online import EXPERIENCES
 from featcl.evaluation.relations import Relations
 from featcl.evaluation.resampling import Resampled
 from featcl.tracking.jsonl import read_metrics
 
 FLOPS = ("cost/forward_flops", "cost/backward_flops")  # of one update, in its record
+# kinds of records of learning -> what their seconds are called
+LEARNING = {**dict.fromkeys(EXPERIENCES, "seconds/update"), "methods": "seconds/methods"}
 JOINT = "joint"
 NO_JOINT = "give the folder of a joint run: references={'joint': …}"
 
@@ -42,6 +46,7 @@ class RunFiles:
         records: metrics.jsonl, as far as it can be read.
         summary: summary.json, empty where the run has not finished.
         notes: What was wrong with the files.
+        costs: `phases` of cost.json; empty where costs were not measured.
     """
 
     path: Path
@@ -49,6 +54,7 @@ class RunFiles:
     records: tuple[Mapping[str, Any], ...]
     summary: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    costs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | Path, *, summary: Mapping[str, Any] | None = None) -> RunFiles:
@@ -77,7 +83,8 @@ class RunFiles:
         unknown = int(np.isnan(matrix.values).sum())
         if unknown:
             notes.append(f"R has {unknown} cells that were not measured; the columns concerned leave the means")
-        return cls(path, matrix, () if found is None else found.records, summary, tuple(notes))
+        costs = _read_object(path / COSTS).get("phases", {})
+        return cls(path, matrix, () if found is None else found.records, summary, tuple(notes), costs)
 
     @property
     def name(self) -> str:
@@ -93,8 +100,8 @@ class RunFiles:
         for record in self.records:
             if record.get("kind") == "quarantined" or (record.get("kind") == "update" and "train/loss" in record):
                 total["experiences"] += 1  # the step of experiences that waited is no new one and has no loss
-            if record.get("kind") in ("update", "quarantined"):
-                total["seconds"] += number_of(record.get("seconds/update"))
+            if (seconds := LEARNING.get(record.get("kind", ""))) is not None:
+                total["seconds"] += number_of(record.get(seconds))
                 total["flops"] += sum(number_of(record.get(name)) for name in FLOPS)
             if record.get("kind") == "evaluation":
                 tokens = number_of(record.get("tokens_seen"))
