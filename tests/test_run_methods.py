@@ -17,7 +17,11 @@ from featcl.build import build
 from featcl.config import ConfigError, RunConfig
 from featcl.errors import FeatclError
 from featcl.learning import Learner
+from featcl.learning.history import History
 from featcl.plan import BeginTask, Update, plan
+from featcl.studies.export import export_run
+from featcl.studies.ledger_blame import blame_run
+from featcl.studies.ledger_diff import diff_runs
 from tests.runs import make_config, make_home, untimed
 
 pytest.importorskip("sae_lens", reason="sae-lens is not installed")
@@ -34,6 +38,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "in_context": ("methods=[{name: in_context, tokens: 160, reply_tokens: 16}]",),
 }
 SLOW = ("si", "der", "lwf")
+DENOISING = "learner.denoising={every: 1, spans: 2, heldout: 2}"
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +85,50 @@ def test_a_run_that_was_interrupted_ends_the_same(
     assert again.summary == whole.summary
     assert untimed(again.path) == lines
     assert (again.path / "R.json").read_bytes() == (whole.path / "R.json").read_bytes()
+
+
+def test_a_run_that_is_killed_before_it_starts_can_be_started_again(
+    config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between building and starting nothing of a method lies in the folder, which holds no run yet."""
+    chosen = config("methods=[{name: replay, budget: 6, file: kept.bin}]", "evaluation.canaries=null")
+    with monkeypatch.context() as patched:
+        patched.setattr("featcl.run.Session", _killed)
+        with pytest.raises(Killed):
+            featcl.run(chosen)
+    assert not (chosen.folder / "methods").exists()
+    result = featcl.run(chosen)
+    assert result.summary["methods"]["replay"]["stored_bytes"] > 0
+    assert (chosen.folder / "methods" / "kept.bin").stat().st_size > 0, "negative control: then there is one"
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+def _killed(*_: Any) -> Any:
+    raise Killed
+
+
+@pytest.mark.parametrize("kind", ["full", "mixture"])
+def test_what_no_features_bound_is_not_told_by_features(config: Callable[..., RunConfig], kind: str) -> None:
+    result = featcl.run(config(f"adapter.kind={kind}", "evaluation.canaries=null", "stream.limit=2", "arm=rival",
+                               "learner.lr=1e-3", "tracking.ledger=coordinates"))  # fmt: skip
+    other = featcl.run(config("evaluation.canaries=null", "stream.limit=2", "tracking.ledger=coordinates"))
+    for act, message in (
+        (lambda path: diff_runs(path, "v1", "v2"), "no features bound what this run trained"),
+        (lambda path: blame_run(path, feature=str(_features(other.path)[0])), "no features bound what this run"),
+        (lambda path: export_run(path, form="peft"), f"kind '{kind}' is no LoRA, so there is none to export"),
+    ):
+        with pytest.raises(FeatclError, match=message) as caught:
+            act(result.path)
+        assert "\n" not in str(caught.value)
+        act(other.path)  # negative control
+    assert History(result.path / "ledger").coordinates(2), "the versions themselves are there"
+
+
+def _features(path: Path) -> list[int]:
+    return [key.feature for key in History(path / "ledger").features().vectors(History(path / "ledger").coordinates(1))]
 
 
 def test_without_methods_nothing_is_told(config: Callable[..., RunConfig]) -> None:
@@ -168,6 +217,10 @@ def test_rivals_that_train_the_weights(config: Callable[..., RunConfig], kind: s
         (["methods=[{name: olora}]", "adapter.kind=residual"], "olora: kind 'residual' is no LoRA"),
         (["adapter.kind=full", "adapter.rank=4"], "kind 'full' is bounded by no features and has no use for rank"),
         (["adapter.kind=osf", "adapter.preserved=99999"], "osf: 99999 would keep 99999 of"),
+        (["adapter.kind=full", DENOISING], "denoising: kind 'full' is bounded by no features"),
+        (["adapter.kind=osf", DENOISING], "denoising: kind 'osf' is bounded by no features"),
+        (["adapter.kind=mixture", DENOISING], "denoising: kind 'mixture' is bounded by no features"),
+        (["methods=[{name: cartridge, tokens: 4096}]"], "a prefix of 4096 tokens leaves nothing of the model's"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -16,6 +16,7 @@ from featcl.adapters.hook_report import LinkReport
 from featcl.adapters.leak import LeakReport
 from featcl.adapters.report import FeatureReport
 from featcl.errors import FeatclError
+from featcl.html import facts_card, long_table
 from featcl.models import inner_model
 from featcl.subspace import Subspace
 
@@ -59,6 +60,23 @@ class ConstrainedAdapter(ABC):
             f"{type(self).__name__}(kind={self.kind!r}, rank={self.rank}, layers={self.lowest_layer}-{self.top_layer}, "
             f"name={self.name!r}, training={self.training!r}, trained={numbers:,}, delta_norm={self.delta_norm():.4g})"
         )
+
+    def _repr_html_(self) -> str:
+        spans = {f"{role}s, layer {layer}": f"{span.k} of {span.d_model} dimensions"
+                 for (role, layer), span in self.spans().items()}  # fmt: skip
+        trained = [(name, "×".join(map(str, tensor.shape)), float(tensor.detach().norm()))
+                   for name, tensor in self._named()]  # fmt: skip
+        facts = {
+            "kind": self.kind,
+            "rank": self.rank,
+            "blocks": f"{self.lowest_layer} to {self.top_layer}",
+            **spans,
+            "trained numbers": sum(parameter.numel() for parameter in self.parameters()),
+            "training": None if self.training == "coordinates" else self.training,
+            "not exact in": ", ".join(self.exempt) or None,
+            "‖ΔW‖": self.delta_norm(),
+        }
+        return facts_card(f"Adapter {self.name}", facts, long_table(("trained", "shape", "norm"), trained))
 
     # --- where it is
 

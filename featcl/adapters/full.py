@@ -21,17 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from featcl.adapters.adapter import DEFAULT_NAME, ConstrainedAdapter, adapters_of, forget_adapters_
-from featcl.adapters.leak import LeakReport
+from featcl.adapters.adapter import DEFAULT_NAME, adapters_of, forget_adapters_
 from featcl.adapters.norms import summed
 from featcl.adapters.peft_host import lora_modules
-from featcl.adapters.report import FeatureReport
+from featcl.adapters.unbounded import UnboundedAdapter
 from featcl.errors import FeatclError
 from featcl.models import blocks, inner_model
-from featcl.subspace import Subspace
 
 EXACT = (torch.float32, torch.float64)
 
@@ -55,7 +53,7 @@ class TrainedWeight:
         self.parameter.data, self.aside = self.aside, self.parameter.data
 
 
-class FullAdapter(ConstrainedAdapter):
+class FullAdapter(UnboundedAdapter):
     """All weights of some blocks, trained; made by `constrain_full`.
 
     Attributes:
@@ -87,15 +85,6 @@ class FullAdapter(ConstrainedAdapter):
     def top_layer(self) -> int:
         """Highest trained block."""
         return self.blocks[-1]
-
-    @property
-    def hook_layer(self) -> int:
-        """There are no features, so it is the highest trained block."""
-        return self.top_layer
-
-    def spans(self) -> dict[tuple[str, int], Subspace]:
-        """None: it is not bounded in the residual stream."""
-        return {}
 
     # --- what is trained
 
@@ -182,28 +171,6 @@ class FullAdapter(ConstrainedAdapter):
         if not self._off:
             self._exchange_([False] * len(self.sites))
         return self.model.requires_grad_(False)
-
-    # --- what it is not
-
-    def leak(
-        self,
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"] | None = None,
-    ) -> LeakReport:
-        """Not defined: there is no span to leak from.
-
-        Raises:
-            FeatclError: Always.
-        """
-        raise FeatclError("kind 'full' is bounded by no features, so there is nothing that it could leak from")
-
-    def report(self, top: int = 20) -> FeatureReport:
-        """Not defined: it writes along no features.
-
-        Raises:
-            FeatclError: Always.
-        """
-        raise FeatclError("kind 'full' writes along no features, so there is no table of them")
 
     # --- export
 

@@ -16,6 +16,7 @@ from featcl.adapters.lora import LoraSite
 from featcl.adapters.norms import share_outside, squared_norm
 from featcl.adapters.sets import Role
 from featcl.errors import FeatclError
+from featcl.html import facts_card, long_table
 from featcl.models import inner_model, residual_map, residual_stream
 from featcl.subspace import independent_rows, lowdin
 
@@ -67,6 +68,17 @@ class LeakReport:
     exempt: tuple[str, ...]
     tokens: int
     excluded: str = EXCLUDED
+
+    def _repr_html_(self) -> str:
+        sites = [(name, site.role, site.leak, site.rescale) for name, site in self.per_site.items()]
+        facts = {
+            "leak, worst site": self.leak,
+            "rescale, mean": self.rescale,
+            "change of the stream outside the span": self.total_change_outside,
+            "not exact in": ", ".join(self.exempt) or None,
+            "measured on": f"{self.tokens} tokens, without {self.excluded}",
+        }
+        return facts_card("Leak", facts, long_table(("module", "role", "leak", "rescale"), sites))
 
 
 @torch.no_grad()

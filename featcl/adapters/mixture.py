@@ -18,25 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from featcl import files
-from featcl.adapters.adapter import DEFAULT_NAME, ConstrainedAdapter, adapters_of
+from featcl.adapters.adapter import DEFAULT_NAME, adapters_of
 from featcl.adapters.experts import MixtureSite
-from featcl.adapters.leak import LeakReport
 from featcl.adapters.norms import product_square, summed
 from featcl.adapters.peft_host import lora_modules
-from featcl.adapters.report import FeatureReport
+from featcl.adapters.unbounded import UnboundedAdapter
 from featcl.errors import FeatclError
 from featcl.models import Site, inner_model, residual_map
-from featcl.subspace import Subspace
 
 WEIGHTS, FORMAT = "mixture.safetensors", 1
 TRAINED = ("A", "B", "G")
 
 
-class MixtureAdapter(ConstrainedAdapter):
+class MixtureAdapter(UnboundedAdapter):
     """Experts and gates, trained together; made by `constrain_mixture`.
 
     Attributes:
@@ -61,18 +59,9 @@ class MixtureAdapter(ConstrainedAdapter):
         return max(site.site.layer for site in self.sites)
 
     @property
-    def hook_layer(self) -> int:
-        """There are no features, so it is the highest adapted block."""
-        return self.top_layer
-
-    @property
     def linear(self) -> bool:
         """Never: G, A and B enter as a product."""
         return False
-
-    def spans(self) -> dict[tuple[str, int], Subspace]:
-        """None: it is not bounded in the residual stream."""
-        return {}
 
     # --- what is trained
 
@@ -114,26 +103,6 @@ class MixtureAdapter(ConstrainedAdapter):
         return self.model
 
     # --- what it is not
-
-    def leak(
-        self,
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"] | None = None,
-    ) -> LeakReport:
-        """Not defined: there is no span to leak from.
-
-        Raises:
-            FeatclError: Always.
-        """
-        raise FeatclError("kind 'mixture' is bounded by no features, so there is nothing that it could leak from")
-
-    def report(self, top: int = 20) -> FeatureReport:
-        """Not defined: it writes along no features.
-
-        Raises:
-            FeatclError: Always.
-        """
-        raise FeatclError("kind 'mixture' writes along no features, so there is no table of them")
 
     def merge(self) -> Any:
         """Not possible.

@@ -18,20 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from featcl.adapters.adapter import DEFAULT_NAME, ConstrainedAdapter, adapters_of, forget_adapters_
-from featcl.adapters.leak import LeakReport
-from featcl.adapters.report import FeatureReport
+from featcl.adapters.adapter import DEFAULT_NAME, adapters_of, forget_adapters_
+from featcl.adapters.unbounded import UnboundedAdapter
 from featcl.errors import FeatclError
 from featcl.models import inner_model, residual_map
-from featcl.subspace import Subspace
 
 TRAINED = ("U_low", "S_low", "V_low")
 
 
-class OsfAdapter(ConstrainedAdapter):
+class OsfAdapter(UnboundedAdapter):
     """The low singular part of some weights, trained; made by `constrain_osf`.
 
     Attributes:
@@ -57,18 +55,9 @@ class OsfAdapter(ConstrainedAdapter):
         return max(self.blocks.values())
 
     @property
-    def hook_layer(self) -> int:
-        """There are no features, so it is the highest adapted block."""
-        return self.top_layer
-
-    @property
     def linear(self) -> bool:
         """Never: U, S and V enter as a product."""
         return False
-
-    def spans(self) -> dict[tuple[str, int], Subspace]:
-        """None: it is not bounded in the residual stream."""
-        return {}
 
     # --- what is trained
 
@@ -132,28 +121,6 @@ class OsfAdapter(ConstrainedAdapter):
         if hasattr(base, "peft_config"):
             del base.peft_config
         return base.requires_grad_(False)
-
-    # --- what it is not
-
-    def leak(
-        self,
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"] | None = None,
-    ) -> LeakReport:
-        """Not defined: there is no span to leak from.
-
-        Raises:
-            FeatclError: Always.
-        """
-        raise FeatclError("kind 'osf' is bounded by no features, so there is nothing that it could leak from")
-
-    def report(self, top: int = 20) -> FeatureReport:
-        """Not defined: it writes along no features.
-
-        Raises:
-            FeatclError: Always.
-        """
-        raise FeatclError("kind 'osf' writes along no features, so there is no table of them")
 
     # --- export
 

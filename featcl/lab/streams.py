@@ -74,6 +74,14 @@ class LabStream:
         graded = [_summary(task) for task in (*self.tasks, *self.probes)]
         return digest_json([self.name, self.world, self.order, self.garbage, graded])
 
+    @property
+    def recurring(self) -> dict[str, str]:
+        """Segment in which a task comes again -> the task."""
+        if self.order != "recurring":
+            return {}
+        half = len(self.tasks) // 2
+        return {again.name: first.name for first, again in zip(self.tasks[:half], self.tasks[half:], strict=True)}
+
 
 def load_stream(name: str = "lab/applications", *, world: WorldName = "development", seed: int = 0,
                 order: Order = "blocked", garbage: float = 0.0,

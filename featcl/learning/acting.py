@@ -265,5 +265,5 @@ def _settings(learner: Any, settings: dict[str, Any]) -> ActingSettings:
     known = ActingSettings.__dataclass_fields__
     if unknown := sorted(set(settings) - set(known)):
         raise FeatclError(f"acting has no setting {unknown[0]!r}; there is {', '.join(known)}")
-    longest = learner.student.max_length
+    longest = learner.student.max_length - learner.answering().taken
     return ActingSettings(**{**settings, "max_length": min(settings.get("max_length", longest), longest)})

@@ -81,7 +81,7 @@ def blame_feature(history: History, feature: int, *, layer: int | None = None, r
     Raises:
         FeatclError: If it is not among the chosen features, or the directions were changed on the way.
     """
-    meaning = history.features()
+    meaning = history.bounding()
     keys = feature_keys(history, feature, layer=layer, role=role)
     if not history.line:
         raise FeatclError("nothing was learned yet, so there is nothing to blame")
@@ -155,7 +155,7 @@ def feature_keys(
 
 def _keys(history: History) -> list[FeatureKey]:
     found: set[FeatureKey] = set()
-    for site in history.features().sites:
+    for site in history.bounding().sites:
         found |= {FeatureKey(site.rows.layer, i, "read" if site.form == "read" else "write") for i in site.rows.ids}
         if site.columns is not None:
             found |= {FeatureKey(site.columns.layer, i, "read") for i in site.columns.ids}

@@ -76,6 +76,14 @@ class Denoising:
         self._changes: int | None = None  # of the adapter's directions, to which those spans belong
         self._previous: dict[str, Tensor] = {}  # the update before
 
+    def refuse(self, adapter: Any) -> None:
+        """Raise FeatclError for an adapter that no features bound; asked once, when a learner is made."""
+        if not adapter.spans():
+            raise FeatclError(
+                f"denoising: kind {adapter.kind!r} is bounded by no features, so nothing is projected that could be "
+                "measured; leave denoising out, or choose a kind such as both"
+            )
+
     # --- before an update
 
     def due(self, version: int) -> bool:

@@ -47,9 +47,10 @@ class Reading:
         """What this batch adds to each objective's mean over all its tokens."""
         return [term.objective.loss(hidden, self.batch, student) / count for term, count in self.terms]
 
-    def weighted(self, means: Sequence[Tensor]) -> Tensor:
-        """Σ weight · mean."""
-        return torch.stack([term.weight * mean for (term, _), mean in zip(self.terms, means, strict=True)]).sum()
+    def weighted(self, means: Sequence[Tensor], *, trust: Mapping[int, float] | None = None) -> Tensor:
+        """Σ trust · weight · mean; the trust by the identity of the term, 1 where it is not named."""
+        factors = [(trust or {}).get(id(term), 1.0) * term.weight for term, _ in self.terms]
+        return torch.stack([factor * mean for factor, mean in zip(factors, means, strict=True)]).sum()
 
 
 @torch.enable_grad()
@@ -61,10 +62,11 @@ def accumulate_gradient_(
     added: Sequence[Term] = (),
     beside: Sequence[Experience] = (),
 ) -> Pass:
-    """Add the gradient of the loss times the experience's weight to the adapter's parameters, batch by batch.
+    """Add the gradient of the loss to the adapter's parameters, batch by batch.
 
-    The loss is Σ weight · mean over tokens: of all terms on the experience, of the objectives that read an experience
-    on those beside it, each with its own weight.
+    The loss is Σ weight · mean over tokens: of the objectives on the experience times its own weight, of those that
+    read an experience on what is beside it, each with its own weight; and of what methods add, which does not count
+    less because the experience at hand is trusted less.
 
     Args:
         terms: The objectives; those that read the same batches share a forward pass.
@@ -79,8 +81,8 @@ def accumulate_gradient_(
     if not found and all(term.on_tokens for term in terms):
         names = ", ".join(term.name for term in terms)
         raise FeatclError(f"trajectory {experience.trajectory.id!r}: nothing to learn from, skipped by {names}")
-    loss, passes = _backward_(found, experience, student, losses)
-    foreign = {id(term) for term in added}
+    trust, foreign = {id(term): experience.weight for term in terms}, {id(term) for term in added}
+    loss, passes = _backward_(found, student, trust, losses)
     passes = [pair for pair in passes if any(id(term) not in foreign for term, _ in pair[0].terms)]
     tokens = sum(reading.batch.tokens for reading, _ in passes)
     for term in (*terms, *added):
@@ -110,15 +112,15 @@ def accumulate_gradient_(
 
 
 def _backward_(
-    found: Sequence[Reading], experience: Experience, student: Student, losses: dict[str, float]
+    found: Sequence[Reading], student: Student, trust: Mapping[int, float], losses: dict[str, float]
 ) -> tuple[float, list[tuple[Reading, Tensor]]]:
-    """The gradient of what these readings make of an experience; Σ weight · mean, and each reading's hidden states."""
+    """The gradient of these readings, each term with its trust; Σ weight · mean, and each reading's hidden states."""
     loss, passes = 0.0, []
     for reading in found:
         hidden = student.scorer.hidden(reading.batch)
         passes.append((reading, hidden.detach()))
         means = reading.means(hidden, student)
-        (experience.weight * reading.weighted(means)).backward()
+        reading.weighted(means, trust=trust).backward()
         for (term, _), mean in zip(reading.terms, torch.stack(means).tolist(), strict=True):
             losses[term.metric] = losses.get(term.metric, 0.0) + mean
             loss += term.weight * mean
@@ -132,7 +134,8 @@ def _beside_(
     of_experience = [term for term in terms if term.on_tokens and term.name != "recover"]
     total, passes = 0.0, []
     for each in beside:
-        loss, mine = _backward_(readings(of_experience, each, student), each, student, {})
+        trust = {id(term): each.weight for term in of_experience}
+        loss, mine = _backward_(readings(of_experience, each, student), student, trust, {})
         total, passes = total + each.weight * loss, passes + mine
     return total, passes
 

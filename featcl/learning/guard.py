@@ -150,7 +150,9 @@ class CanaryGuard:
         if self.updates % self.every:
             return None
         chosen = self.pool.draw(self.items, derived_generator(self.seed, f"look {self.looks}", "guard"))
-        losses = self.pool.losses(learner.adapter.model, chosen)
+        answering = learner.answering()
+        answering = None if answering.plain else answering  # otherwise as methods answer, not by the weights alone
+        losses = self.pool.losses(learner.adapter.model, chosen, answering=answering)
         self.looks += 1
         self.test = self.test.after(losses)
         measures = {

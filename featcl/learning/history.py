@@ -195,6 +195,20 @@ class History:
             self._maps[number] = FeatureMap.load(self.folder / f"features-{number}.safetensors")
         return self._maps[number]
 
+    def bounding(self, version: int | None = None) -> FeatureMap:
+        """As `features`, of an adapter that some bound.
+
+        Raises:
+            FeatclError: For one of the kinds that none bound: full, osf, mixture.
+        """
+        found = self.features(version)
+        if not found.sites:
+            raise FeatclError(
+                f"{self.folder}: no features bound what this run trained (kind full, osf or mixture), so its updates "
+                "cannot be told by features; `featcl log` tells them one by one, `featcl blame --item` by an answer"
+            )
+        return found
+
     def require_one_era(self, old: int, new: int | None = None) -> None:
         """Raise unless what changed between two versions is the difference of their coordinates.
 

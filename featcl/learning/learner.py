@@ -134,6 +134,8 @@ class Learner(Talking, Tasks):
         self.methods, self.told = Methods(methods, self.view), Told()
         self._configure_(new_optimizer=True)
         self.methods.refuse()
+        if denoising is not None:
+            denoising.refuse(adapter)
         self._versions.add_(self._snapshot())
         self._live = Live(self)
 

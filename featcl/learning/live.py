@@ -106,9 +106,12 @@ class Live:
         shown = None if on_text is None else Shown(chat, on_text)
         with learner.alone():
             prompt = chat.prompt(answering.asked(messages))
-            room = max_context(learner.student.scorer.causal) - len(prompt)
+            room = max_context(learner.student.scorer.causal) - answering.taken - len(prompt)
             if room < 1:
-                raise FeatclError(f"the conversation has {len(prompt)} tokens, the model's context is full; shorten it")
+                beside = f" beside {answering.taken} that methods take" if answering.taken else ""
+                raise FeatclError(
+                    f"the conversation has {len(prompt)} tokens{beside}, the model's context is full; shorten it"
+                )
             with answering.of(messages):
                 rollout = generate(
                     learner.student.scorer.causal,

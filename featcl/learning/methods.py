@@ -17,6 +17,7 @@ from torch import Tensor
 from featcl.errors import FeatclError
 from featcl.learning.gradient import accumulate_gradient_
 from featcl.methods.method import Cost, Method, View, overrides
+from featcl.methods.quadratic import copies
 from featcl.methods.together import check_together
 from featcl.objectives.build import Term
 from featcl.objectives.experience import Experience, Student
@@ -145,7 +146,7 @@ class Methods(Sequence[Method]):
 
     def before_step(self) -> Parameters | None:
         """The parameters before a step, for those that look back at it; None where nobody does."""
-        return copies(self._view()) if any(self.having("project_step_")) else None
+        return copies(self._view().parameters) if any(self.having("project_step_")) else None
 
     def project_step_(self, before: Parameters | None) -> None:
         """Change the step that was taken."""
@@ -155,7 +156,7 @@ class Methods(Sequence[Method]):
 
     def before_update(self) -> Parameters | None:
         """As `before_step`, of a whole update."""
-        return copies(self._view()) if any(self.having("after_step_")) else None
+        return copies(self._view().parameters) if any(self.having("after_step_")) else None
 
     def gradients(self) -> Parameters | None:
         """The gradients as the optimizer is to see them; None where nobody looks at them."""
@@ -236,11 +237,6 @@ class Encoded(Sequence[Experience]):
         if isinstance(index, slice):
             return Encoded(self._trajectories[index], self._encode)
         return self._encode(self._trajectories[index])
-
-
-def copies(view: View) -> dict[str, Tensor]:
-    """The parameters as they are now."""
-    return {name: parameter.detach().clone() for name, parameter in view.parameters.items()}
 
 
 def mean_gradient(terms: Sequence[Term], experience: Experience, student: Student) -> dict[str, Tensor]:

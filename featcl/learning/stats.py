@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from featcl.html import facts_card
+
 
 @dataclass(frozen=True)
 class UpdateStats:
@@ -66,6 +68,27 @@ class UpdateStats:
     def with_measures(self, measures: Mapping[str, float]) -> UpdateStats:
         """The same with further measures."""
         return replace(self, measures={**self.measures, **measures})
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "learned from": f"{self.trajectory} ({self.source}, {self.task})",
+            "quarantined": self.quarantined,
+            "postponed": self.postponed,
+            "alarm": self.alarm,
+            "objective": self.objective,
+            "loss": None if math.isnan(self.loss) else self.loss,
+            **(self.losses if len(self.losses) > 1 else {}),
+            "KL(before ‖ after), nats per token": self.kl,
+            "step let through": self.step_scale,
+            "‖gradient‖": self.grad_norm,
+            "‖ΔW‖": self.delta_norm,
+            "tokens learned from": self.tokens,
+            "tokens left out": self.tokens_left_out or None,
+            "weight": None if self.weight == 1.0 else self.weight,
+            **self.measures,
+            "seconds": self.seconds,
+        }
+        return facts_card(f"Update, version {self.version}", facts)
 
     def record(self) -> dict[str, Any]:
         """Flat, under the names that are logged; a loss that was not computed is left out."""

@@ -45,6 +45,11 @@ class Answering:
         """Whether the model is asked the conversations themselves."""
         return not self._contexts
 
+    @property
+    def taken(self) -> int:
+        """Tokens of the model's context that are not there for a question and its answer."""
+        return sum(method.taken() for method in self._arounds)
+
     def asked(self, messages: Sequence[Message], task: str | None = None) -> Sequence[Message]:
         """What the model is asked in place of a conversation; `messages` itself where nothing is put in front."""
         for method in self._contexts:

@@ -57,7 +57,7 @@ class Cartridge(Outside):
         joiner: Stands between two texts.
 
     Raises:
-        FeatclError: For a number out of range or an unknown form.
+        FeatclError: For a number out of range or an unknown form; with a learner whose context the prefix would fill.
 
     Source: Eyuboglu et al. 2025, arXiv:2506.06266, sections 3 and 4. PEFT has the same prefix (CARTRIDGE), but applies
     it in PeftModel.forward alone, which neither scoring nor decoding here goes through.
@@ -89,6 +89,18 @@ class Cartridge(Outside):
         self.texts = Texts(budget_bytes=budget_bytes, owner=self.name)
         self.prefix: Prefix | None = None
         self._unread = self._studies = self._forward = self._backward = 0
+
+    def refuse(self, view: View) -> None:
+        """A prefix that is as long as the model's context."""
+        if self.tokens >= view.student.max_length:
+            raise FeatclError(
+                f"cartridge: a prefix of {self.tokens} tokens leaves nothing of the model's context of "
+                f"{view.student.max_length}; give fewer tokens"
+            )
+
+    def taken(self) -> int:
+        """The prefix's."""
+        return 0 if self.prefix is None else self.prefix.tokens
 
     @contextmanager
     def around(self, view: View) -> Iterator[None]:

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from featcl.memory.attach import memories_of
 from featcl.models import residual_stream
-from featcl.objectives.experience import Student, base_hidden
+from featcl.objectives.experience import Student
 from featcl.objectives.scoring import TokenBatch
+
+
+@contextmanager
+def base_alone(student: Student) -> Iterator[None]:
+    """Inside the block the model is the base: no adapter acts, and no memory, so what is read never grows stale."""
+    with ExitStack() as stack:
+        stack.enter_context(student.adapter.disabled())
+        for memory in memories_of(student.adapter.model):
+            stack.enter_context(memory.disabled())
+        yield
 
 
 @torch.no_grad()
 def mean_activation(batches: Sequence[TokenBatch], student: Student) -> Float[Tensor, " d_model"]:
     """Mean of the base model's last hidden states where it predicts the targets, float32, on the CPU."""
-    rows = torch.cat([base_hidden(student, batch).float() for batch in batches])
+    with base_alone(student):
+        rows = torch.cat([student.scorer.hidden(batch).float() for batch in batches])
     return rows.mean(0).cpu()
 
 
@@ -35,7 +48,7 @@ def token_vectors(text: str, student: Student, *, layer: int) -> Float[Tensor, "
     turn = student.chat.encode([{"role": "user", "content": text}], mask="environment")
     places = [place for place, own in enumerate(turn.loss_mask[: student.max_length]) if own]
     ids = torch.tensor([turn.input_ids[: student.max_length]], device=student.scorer.device)
-    with student.adapter.disabled():
+    with base_alone(student):
         stream = residual_stream(student.scorer.causal, ids, layer=layer)[0]
     return stream[places].bfloat16().cpu()
 

@@ -17,16 +17,15 @@ import torch
 from torch import Tensor
 
 from featcl.methods.checks import choice, count, positive, share, spread
-from featcl.methods.method import Cost, Method, View
-from featcl.methods.quadratic import Well, Wells, copies, nbytes
+from featcl.methods.method import Cost, View
+from featcl.methods.quadratic import Quadratic, Well, copies, nbytes
 from featcl.methods.sensitivity import measure
-from featcl.objectives.build import Term
 from featcl.objectives.experience import Experience
 from featcl.objectives.scoring import Scorer, TokenBatch, row_chunks
 from featcl.objectives.sft import nll_sum
 
 
-class EWC(Method):
+class EWC(Quadratic):
     """A quadratic penalty for each earlier task, weighted by the diagonal of its Fisher information.
 
     Args:
@@ -61,13 +60,8 @@ class EWC(Method):
         choice(self.name, ("sampled", "data"), labels=labels)
         count(self.name, experiences=experiences)
         self.variant, self.decay, self.labels, self.experiences = variant, decay, labels, experiences
-        self.wells = Wells("ewc/penalty", factor=0.5)
-        self._term = Term(self.name, strength, self.wells)
+        super().__init__(strength=strength, factor=0.5)
         self._tokens = 0
-
-    def terms(self) -> Sequence[Term]:
-        """The penalty."""
-        return (self._term,)
 
     def end_task_(self, task: str, experiences: Sequence[Experience], view: View) -> None:
         """Measure the Fisher information at the coordinates that the task ends with."""
@@ -97,20 +91,12 @@ class EWC(Method):
 
     def state(self) -> dict[str, Any]:
         """Plain numbers."""
-        return {"tokens": self._tokens, **self.wells.state()}
+        return {"tokens": self._tokens, **super().state()}
 
     def load_state_(self, state: Mapping[str, Any]) -> None:
         """Put `state` back."""
         self._tokens = int(state["tokens"])
-        self.wells.load_state_(state)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The wells."""
-        return self.wells.tensors()
-
-    def load_tensors_(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put `tensors` back."""
-        self.wells.load_tensors_(tensors)
+        super().load_state_(state)
 
 
 @torch.no_grad()

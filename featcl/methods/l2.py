@@ -7,20 +7,17 @@ In trained coordinates; the anchor `l2_to_base` is ‖ΔW‖², the same for eve
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from featcl.methods.checks import choice, positive
-from featcl.methods.method import Cost, Method, View
-from featcl.methods.quadratic import Well, Wells, copies, nbytes
-from featcl.objectives.build import Term
+from featcl.methods.method import Cost, View
+from featcl.methods.quadratic import Quadratic, Well, copies, nbytes
 from featcl.objectives.experience import Experience
 
 
-class L2ToStart(Method):
+class L2ToStart(Quadratic):
     """The squared distance to the start, all numbers alike: EWC's control without importances.
 
     Args:
@@ -40,12 +37,7 @@ class L2ToStart(Method):
         positive(self.name, strength=strength)
         choice(self.name, ("learning", "task"), start=start)
         self.start = start
-        self.wells = Wells("l2_to_start/penalty")
-        self._term = Term(self.name, strength, self.wells)
-
-    def terms(self) -> Sequence[Term]:
-        """The penalty."""
-        return (self._term,)
+        super().__init__(strength=strength)
 
     def begin_task_(self, task: str, view: View, upcoming: Sequence[Experience] = ()) -> None:
         """The start, if this is one."""
@@ -58,19 +50,3 @@ class L2ToStart(Method):
     def cost(self) -> Cost:
         """One copy of the trained tensors."""
         return Cost(stored_bytes=nbytes(self.tensors()))
-
-    def state(self) -> dict[str, Any]:
-        """Plain numbers."""
-        return dict(self.wells.state())
-
-    def load_state_(self, state: Mapping[str, Any]) -> None:
-        """Put `state` back."""
-        self.wells.load_state_(state)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The well."""
-        return self.wells.tensors()
-
-    def load_tensors_(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put `tensors` back."""
-        self.wells.load_tensors_(tensors)

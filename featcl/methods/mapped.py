@@ -7,10 +7,10 @@ drops stays in the file. A reservoir of n takes up n (1 + ln(N / n)) of N record
 from __future__ import annotations
 
 import mmap
-import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from featcl.errors import FeatclError
 from featcl.files import append_bytes, open_append
@@ -22,24 +22,24 @@ class MappedFile:
     """A file of records.
 
     Args:
-        path: The file, which belongs to one learner; made with its folder where it is not there.
+        path: The file, which belongs to one learner; where it is not there, the first record makes it and its folder.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._file = open_append(self.path)
+        self._file: Any = None  # opened when something is written: a run that is killed before leaves nothing behind
         self._map: mmap.mmap | None = None
         self._used = False
 
     @property
     def nbytes(self) -> int:
         """Length of the file, records that nobody refers to included."""
-        return os.fstat(self._file.fileno()).st_size
+        return self.path.stat().st_size if self.path.exists() else 0
 
     def put_(self, data: bytes) -> Place:
         """Append a record; a killed process does not lose it."""
         start, self._used = self.nbytes, True
-        append_bytes(self._file, data)
+        append_bytes(self._opened(), data)
         return start, len(data), zlib.crc32(data)
 
     def get(self, place: Sequence[int]) -> bytes:
@@ -73,7 +73,12 @@ class MappedFile:
         first, self._used = not self._used, True
         if first and self.nbytes > end:
             self._unmap_()
-            self._file.truncate(end)
+            self._opened().truncate(end)
+
+    def _opened(self) -> Any:
+        if self._file is None:
+            self._file = open_append(self.path)
+        return self._file
 
     def _remap_(self) -> None:
         self._unmap_()

@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from featcl.methods.checks import count, positive, spread
-from featcl.methods.method import Cost, Method, View
-from featcl.methods.quadratic import Well, Wells, copies, nbytes
+from featcl.methods.method import Cost, View
+from featcl.methods.quadratic import Quadratic, Well, copies, nbytes
 from featcl.methods.sensitivity import measure
-from featcl.objectives.build import Term
 from featcl.objectives.experience import Experience
 from featcl.objectives.scoring import TokenBatch, sum_in_chunks
 
 
-class MAS(Method):
+class MAS(Quadratic):
     """A quadratic penalty, weighted by the sensitivity of the squared norm of the logits.
 
     Args:
@@ -42,13 +41,8 @@ class MAS(Method):
         positive(self.name, strength=strength)
         count(self.name, experiences=experiences)
         self.experiences = experiences
-        self.wells = Wells("mas/penalty")
-        self._term = Term(self.name, strength, self.wells)
+        super().__init__(strength=strength)
         self._tokens = 0
-
-    def terms(self) -> Sequence[Term]:
-        """The penalty."""
-        return (self._term,)
 
     def end_task_(self, task: str, experiences: Sequence[Experience], view: View) -> None:
         """Add the sensitivities of this task's sequences."""
@@ -74,17 +68,9 @@ class MAS(Method):
 
     def state(self) -> dict[str, Any]:
         """Plain numbers."""
-        return {"tokens": self._tokens, **self.wells.state()}
+        return {"tokens": self._tokens, **super().state()}
 
     def load_state_(self, state: Mapping[str, Any]) -> None:
         """Put `state` back."""
         self._tokens = int(state["tokens"])
-        self.wells.load_state_(state)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The well."""
-        return self.wells.tensors()
-
-    def load_tensors_(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put `tensors` back."""
-        self.wells.load_tensors_(tensors)
+        super().load_state_(state)

@@ -2,6 +2,7 @@
 
     task t: C ← C(start), then learned;    τ_t = ΔW at its end;    ΔW ← merge(τ_1 … τ_t)
 
+A task that comes again goes on from its own end, which then has a new one.
 Merging is entry by entry on ΔW (`featcl.adapters.merging`), so the merge is in general no LoRA of the same rank, and
 not in the span of the chosen features: the adapter gets the nearest update that it can hold, and `lost` says what that
 left out. The average of a constrained kind loses nothing.
@@ -51,7 +52,7 @@ class Merging(Method):
         self.method, self.density, self.scale = method, density, scale
         self.lost: list[float] = []  # ‖what the adapter cannot hold‖ / ‖merge‖ at every task's end
         self._start: dict[str, Tensor] = {}
-        self._ends: list[dict[str, Tensor]] = []
+        self._ends: dict[str, dict[str, Tensor]] = {}
         self._changes = 0
 
     def refuse(self, view: View) -> None:
@@ -60,30 +61,30 @@ class Merging(Method):
 
     @torch.no_grad()
     def begin_task_(self, task: str, view: View, upcoming: Sequence[Experience] = ()) -> None:
-        """Back to the start."""
+        """Back to the start, or to where the same task ended."""
         self.refuse(view)
         adapter = view.student.adapter
         if not self._start:
             self._start, self._changes = copies(view.parameters), adapter.changes
         self._check(adapter)
         for name, parameter in view.parameters.items():
-            parameter.copy_(self._start[name])
+            parameter.copy_(self._ends.get(task, self._start)[name])
 
     @torch.no_grad()
     def end_task_(self, task: str, experiences: Sequence[Experience], view: View) -> None:
-        """One more snapshot; the adapter gets the merge of all."""
+        """A snapshot of this task; the adapter gets the merge of all."""
         adapter = view.student.adapter
         self._check(adapter)
-        self._ends.append(copies(view.parameters))
+        self._ends = {**self._ends, task: copies(view.parameters)}
         sites = lora_sites(adapter, self.name)
         merged = merge_adapters(
-            [self._factors(end, sites, view) for end in self._ends],
+            [self._factors(end, sites, view) for end in self._ends.values()],
             method=self.method,
             density=self.density,
             scale=self.scale,
             seed=view.generator(f"merging/{task}").initial_seed() % 2**63,
         )
-        self.lost.append(put_(sites, merged))
+        self.lost = [*self.lost, put_(sites, merged)]
 
     def _factors(self, end: Mapping[str, Tensor], sites: Sequence[LoraSite], view: View) -> Factors:
         with put_back(view.parameters, end):
@@ -95,28 +96,30 @@ class Merging(Method):
 
     def cost(self) -> Cost:
         """The trained tensors, once per task and once for the start."""
-        return Cost(stored_bytes=nbytes(self._start, *self._ends))
+        return Cost(stored_bytes=nbytes(self._start, *self._ends.values()))
 
     def state(self) -> dict[str, Any]:
         """Plain numbers."""
-        return {"tasks": len(self._ends), "lost": list(self.lost), "changes": self._changes}
+        return {"tasks": list(self._ends), "lost": list(self.lost), "changes": self._changes}
 
     def load_state_(self, state: Mapping[str, Any]) -> None:
         """Put `state` back."""
-        self._ends = [{} for _ in range(int(state["tasks"]))]
+        self._ends = {task: {} for task in state["tasks"]}
         self.lost, self._changes = [float(value) for value in state["lost"]], int(state["changes"])
 
     def tensors(self) -> dict[str, Tensor]:
         """The start, and the end of every task."""
-        parts = {"start": self._start, **{str(number): end for number, end in enumerate(self._ends)}}
+        parts = {"start": self._start, **{str(number): end for number, end in enumerate(self._ends.values())}}
         return {f"{part}/{name}": tensor for part, own in parts.items() for name, tensor in own.items()}
 
     def load_tensors_(self, tensors: Mapping[str, Tensor]) -> None:
         """Put `tensors` back."""
-        self._start, self._ends = {}, [{} for _ in self._ends]
+        parts: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             part, name = key.split("/", 1)
-            (self._start if part == "start" else self._ends[int(part)])[name] = tensor
+            parts.setdefault(part, {})[name] = tensor
+        self._start = parts.get("start", {})
+        self._ends = {task: parts.get(str(number), {}) for number, task in enumerate(self._ends)}
 
 
 @contextmanager

@@ -10,7 +10,7 @@ A learner asks its methods in this order; a method overrides what it needs of th
     each step       terms (in the gradient), project_ (before the step), project_step_ (after it)
     update          after_step_ (after the trust region), after_update_ (when it is accepted)
     task ends       flush_, end_task_
-    question        context, route, routed, around
+    question        context, route, routed, around (which takes `taken` tokens)
     judged reply    uses (where no objective can learn from it)
 
 Whatever a method remembers is in `state` and `tensors`, which become part of every version: saved, resumed and rolled
@@ -172,6 +172,10 @@ class Method:
     def around(self, view: View) -> Iterator[None]:
         """What acts on every forward pass inside the block."""
         yield
+
+    def taken(self) -> int:
+        """Tokens of the model's context that `around` takes in every pass."""
+        return 0
 
     def route(self, messages: Sequence[Message], task: str | None, view: View) -> str | None:
         """Which of its adapters answers this question; None: the present one.

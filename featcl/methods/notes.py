@@ -25,10 +25,9 @@ from featcl.methods.replay import check_share
 from featcl.methods.retrieval import Retrieval
 from featcl.methods.texts import pieces
 from featcl.methods.tokens import again, tokens_read
+from featcl.methods.writing import written
 from featcl.objectives.experience import Experience
-from featcl.objectives.prompts import fit_prompt
 from featcl.streams.messages import Message
-from featcl.streams.rollouts import generate
 from featcl.streams.trajectory import Trajectory
 
 ASK = "write a note of what is worth keeping."
@@ -38,7 +37,7 @@ class Notes(Retrieval):
     """Trains writing and reading notes on the first tasks; from then on only notes are written.
 
     Args:
-        training_tasks: So many tasks train the weights.
+        training_tasks: So many tasks train the weights; one that comes again is one of them.
         write_share: Share of an update in training that is writing, in (0, 1).
         form: What is a good note of a trajectory, in training: as for `InContext`.
         by: How notes are found: `bm25` or `embedding`.
@@ -73,18 +72,19 @@ class Notes(Retrieval):
         checks.count(self.name, training_tasks=training_tasks, max_new_tokens=max_new_tokens)
         self.training_tasks, self.max_new_tokens = training_tasks, max_new_tokens
         self.write_share = check_share(self.name, write_share)
-        self._tasks = self._backward = 0
+        self._tasks: tuple[str, ...] = ()  # different ones, in the order in which they began
+        self._backward = 0
         self.frozen = False
 
     @property
     def training(self) -> bool:
-        """Whether the weights still learn."""
-        return self._tasks <= self.training_tasks
+        """Whether the weights learn in the present task."""
+        return not self.frozen
 
     def begin_task_(self, task: str, view: View, upcoming: Sequence[Experience] = ()) -> None:
         """Train in the first tasks, and stand still in all others."""
-        self._tasks += 1
-        self.frozen = not self.training
+        self._tasks = tuple(dict.fromkeys((*self._tasks, task)))
+        self.frozen = task not in self._tasks[: self.training_tasks]
 
     # --- in training
 
@@ -123,19 +123,11 @@ class Notes(Retrieval):
 
     def write(self, trajectory: Trajectory, view: View) -> str:
         """The model's own note of a trajectory; raw text is read to it as a user's turn."""
-        student = view.student
         messages: Sequence[Message] = trajectory.messages or ({"role": "user", "content": trajectory.text},)
         asked = [*messages, {"role": "user", "content": ASK}]
-        prompt = fit_prompt(student.chat, asked, student.max_length - self.max_new_tokens, tools=trajectory.tools)
-        reply = generate(
-            student.scorer.causal,
-            [prompt],
-            max_new_tokens=self.max_new_tokens,
-            temperature=0.0,
-            stop_ids=student.chat.stop_ids,
-        ).token_ids[0]
-        self._forward += len(prompt) + len(reply)
-        return student.chat.decode_reply(reply)
+        text, tokens = written(view.student, asked, max_new_tokens=self.max_new_tokens, tools=trajectory.tools)
+        self._forward += tokens
+        return text
 
     def cost(self) -> Cost:
         """The notes; writing them, and the exercises."""
@@ -143,13 +135,12 @@ class Notes(Retrieval):
 
     def state(self) -> dict[str, Any]:
         """The notes, and how many tasks there were."""
-        return {**super().state(), "tasks": self._tasks, "backward": self._backward}
+        return {**super().state(), "tasks": list(self._tasks), "frozen": self.frozen, "backward": self._backward}
 
     def load_state_(self, state: Mapping[str, Any]) -> None:
         """Put `state` back; `load_tensors_` has to follow."""
         super().load_state_(state)
-        self._tasks, self._backward = state["tasks"], state["backward"]
-        self.frozen = not self.training
+        self._tasks, self.frozen, self._backward = tuple(state["tasks"]), state["frozen"], state["backward"]
 
 
 def _untaught(messages: Sequence[Message]) -> list[Message]:

@@ -89,7 +89,7 @@ def attached(model: Any, prefix: Prefix) -> Iterator[None]:
 
     Raises:
         FeatclError: At a forward pass that goes on from a cache which was begun without it, has a mask of its own
-            form, or pads prompts beyond a sliding window.
+            form, reads more than the model's context holds beside it, or pads prompts beyond a sliding window.
     """
     body: nn.Module = inner_model(model).base_model
     begun: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -116,6 +116,7 @@ def _before(
         begun.add(cache)
     elif cache not in begun:
         raise FeatclError("a forward pass goes on from a cache that was begun without the prefix")
+    _check_room(body, prefix, cache.get_seq_length() + found.shape[1])
     changed: dict[str, Any] = {"past_key_values": cache}
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -125,6 +126,16 @@ def _before(
     if positions is not None:
         changed["position_ids"] = positions + prefix.tokens
     return args, {**kwargs, **changed}
+
+
+def _check_room(body: Any, prefix: Prefix, total: int) -> None:
+    """Beyond the model's context positions are none that it knows."""
+    longest = body.config.get_text_config().max_position_embeddings
+    if total > longest:
+        raise FeatclError(
+            f"a prefix of {prefix.tokens} tokens and {total - prefix.tokens} to read are more than the model's context "
+            f"of {longest}: take a shorter prefix, or shorten what is read"
+        )
 
 
 def _check_window(body: Any, mask: Tensor) -> None:

@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from featcl.errors import FeatclError
+from featcl.methods.method import Method
+from featcl.objectives.build import Term
 from featcl.objectives.experience import Student
 
 Tensors = Mapping[str, Tensor]
@@ -120,6 +122,39 @@ class Wells:
             number, part, name = key.split("/", 2)
             found[int(number)][part][name] = tensor
         self._wells = [Well(**parts) for parts in found]
+
+
+class Quadratic(Method):
+    """A method whose penalty is wells, and whose wells are what it remembers; a subclass says when they are dug.
+
+    Args:
+        strength: Weight of the penalty.
+        factor: As for `Wells`.
+    """
+
+    def __init__(self, *, strength: float, factor: float = 1.0) -> None:
+        self.wells = Wells(f"{self.name}/penalty", factor=factor)
+        self._term = Term(self.name, strength, self.wells)
+
+    def terms(self) -> Sequence[Term]:
+        """The penalty."""
+        return (self._term,)
+
+    def state(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return dict(self.wells.state())
+
+    def load_state_(self, state: Mapping[str, Any]) -> None:
+        """Put `state` back; `load_tensors_` has to follow."""
+        self.wells.load_state_(state)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The wells."""
+        return self.wells.tensors()
+
+    def load_tensors_(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put `tensors` back."""
+        self.wells.load_tensors_(tensors)
 
 
 def nbytes(*groups: Tensors) -> int:

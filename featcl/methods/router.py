@@ -5,7 +5,8 @@
     nearest     argmin_t  Σ_i (x_i - μ_ti)² / σ_i²      μ_t the task's mean, σ² the variance within tasks
     learned     argmax_t  (W z + b)_t                   z = (x - m) / s; W, b: multinomial logistic regression
 
-The base does not change, so what is known of a task never grows stale, whatever is learned later.
+The base is read without adapter and memory. It does not change, so what is known of a task never grows stale, whatever
+is learned later.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from featcl.methods.checks import spread
+from featcl.methods.embeddings import base_alone
 from featcl.models import residual_stream
 from featcl.objectives.experience import Student
 from featcl.streams.messages import Message
@@ -51,7 +53,7 @@ def prompt_vector(
         layer: The block after which the stream is read.
     """
     ids = student.chat.prompt(messages)[-student.max_length :]
-    with student.adapter.disabled():
+    with base_alone(student):
         stream = residual_stream(student.scorer.causal, torch.tensor([ids], device=student.scorer.device), layer=layer)
     return stream[0, min(1, len(ids) - 1) :].float().mean(0).cpu(), len(ids)
 

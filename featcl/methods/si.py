@@ -11,21 +11,19 @@ quadratic and the path ends in its minimum, Ω is half its curvature: the penalt
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from featcl.methods.checks import positive
-from featcl.methods.method import Cost, Method, View
-from featcl.methods.quadratic import Well, Wells, copies, nbytes
-from featcl.objectives.build import Term
+from featcl.methods.method import Cost, View
+from featcl.methods.quadratic import Quadratic, Well, copies, nbytes
 from featcl.objectives.experience import Experience
 
 _PARTS = ("path", "start")
 
 
-class SI(Method):
+class SI(Quadratic):
     """A quadratic penalty, weighted by the path integral of the gradient; it costs no extra pass.
 
     Args:
@@ -45,8 +43,7 @@ class SI(Method):
     def __init__(self, *, strength: float = 1.0, damping: float = 1e-3) -> None:
         positive(self.name, strength=strength, damping=damping)
         self.strength, self.damping = strength, damping
-        self.wells = Wells("si/penalty")
-        self._term = Term(self.name, strength, self.wells)
+        super().__init__(strength=strength)
         self._path: dict[str, Tensor] = {}
         self._start: dict[str, Tensor] = {}
         self._step: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None  # θ and g of a step under way
@@ -55,10 +52,6 @@ class SI(Method):
     def path(self) -> Mapping[str, Tensor]:
         """ω of the present task."""
         return self._path
-
-    def terms(self) -> Sequence[Term]:
-        """The penalty."""
-        return (self._term,)
 
     def begin_task_(self, task: str, view: View, upcoming: Sequence[Experience] = ()) -> None:
         """A new path starts here."""
@@ -107,17 +100,9 @@ class SI(Method):
         """Four copies of the trained tensors."""
         return Cost(stored_bytes=nbytes(self.tensors()))
 
-    def state(self) -> dict[str, Any]:
-        """Plain numbers."""
-        return dict(self.wells.state())
-
-    def load_state_(self, state: Mapping[str, Any]) -> None:
-        """Put `state` back."""
-        self.wells.load_state_(state)
-
     def tensors(self) -> dict[str, Tensor]:
         """Path, start and well."""
-        parts = {"path": self._path, "start": self._start, "wells": self.wells.tensors()}
+        parts = {"path": self._path, "start": self._start, "wells": super().tensors()}
         return {f"{part}/{name}": tensor for part, own in parts.items() for name, tensor in own.items()}
 
     def load_tensors_(self, tensors: Mapping[str, Tensor]) -> None:
@@ -127,4 +112,4 @@ class SI(Method):
             part, name = key.split("/", 1)
             found[part][name] = tensor
         self._path, self._start, self._step = found["path"], found["start"], None
-        self.wells.load_tensors_(found["wells"])
+        super().load_tensors_(found["wells"])

@@ -24,10 +24,9 @@ from featcl.methods.in_context import ROOM_FOR_REPLY
 from featcl.methods.method import Cost, View
 from featcl.methods.outside import Outside, in_front
 from featcl.methods.texts import note, sentences
+from featcl.methods.writing import written
 from featcl.objectives.experience import Experience
-from featcl.objectives.prompts import fit_prompt
 from featcl.streams.messages import Message
-from featcl.streams.rollouts import generate
 from featcl.streams.texts import message_text
 from featcl.streams.trajectory import Trajectory
 
@@ -154,18 +153,10 @@ class SkillFile(Outside):
 
     def _write_(self, trajectory: Trajectory, lesson: str, view: View) -> str:
         """What the present model makes of it."""
-        student = view.student
         asked = [*trajectory.messages, {"role": "user", "content": f"{ASK}{lesson}"}]
-        prompt = fit_prompt(student.chat, asked, student.max_length - self.max_new_tokens)
-        reply = generate(
-            student.scorer.causal,
-            [prompt],
-            max_new_tokens=self.max_new_tokens,
-            temperature=0.0,
-            stop_ids=student.chat.stop_ids,
-        ).token_ids[0]
-        self._forward += len(prompt) + len(reply)
-        return student.chat.decode_reply(reply)
+        text, tokens = written(view.student, asked, max_new_tokens=self.max_new_tokens)
+        self._forward += tokens
+        return text
 
     def cost(self) -> Cost:
         """The file, and what was read and written to write rules."""

@@ -33,7 +33,7 @@ class Scripted:
     def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
         return torch.randperm(1000, generator=generator)[:count]
 
-    def losses(self, model: Any, chosen: torch.Tensor) -> torch.Tensor:
+    def losses(self, model: Any, chosen: torch.Tensor, *, answering: Any = None) -> torch.Tensor:
         self.drawn.append(tuple(chosen.tolist()))
         return torch.full((len(chosen),), self.script[min(len(self.drawn), len(self.script)) - 1])
 

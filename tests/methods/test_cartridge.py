@@ -11,10 +11,12 @@ from featcl.errors import FeatclError
 from featcl.evaluation.forward import target_batches
 from featcl.methods.cartridge import BATCH, Cartridge, corpus_ids, distance
 from featcl.methods.prefix import Prefix, attached, read_prefix
+from featcl.models import max_context
 from featcl.objectives.scoring import pack_group
 from featcl.streams.chat import Encoded
 from featcl.streams.rollouts import generate
 from tests.conftest import FAMILIES, tiny_model, tiny_tokenizer
+from tests.methods.library import first_task, learner_with
 from tests.methods.replaying import Bench, ask, reloaded, resumes, same_state
 
 TEXT = "mira plays golf. jonas has sister dirk."
@@ -80,6 +82,36 @@ def test_scoring_evaluation_and_decoding_all_go_on_after_it(family: str) -> None
     assert drawn.token_ids == again.token_ids
     plain = generate(scorer.causal, prompts, max_new_tokens=12, temperature=0.0).token_ids  # negative control
     assert plain != written.token_ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_prefix_takes_room_of_the_context(family: str) -> None:
+    bench = Bench(family)
+    causal = bench.student.scorer.causal
+    longest = max_context(causal)
+    prefix = read_prefix(causal, list(range(20)))
+    with attached(causal, prefix):
+        logits(causal, [7] * (longest - 20))
+        with pytest.raises(FeatclError, match=f"a prefix of 20 tokens and {longest - 19} to read are more than"):
+            logits(causal, [7] * (longest - 19))
+    logits(causal, [7] * longest)  # negative control: without it there is room for that
+
+
+def test_chat_has_room_for_less_beside_a_cartridge() -> None:
+    learner = first_task(learner_with(Cartridge(tokens=16, samples=2, steps=0, max_new_tokens=4)))
+    causal, chat = learner.student.scorer.causal, learner.student.chat
+    assert learner.answering().taken == 16
+    bare = len(chat.prompt([{"role": "user", "content": ""}]))
+    longest = max_context(causal)
+    text = [{"role": "user", "content": "a" * (longest - 16 - 3 - bare)}]
+    assert len(chat.prompt(text)) == longest - 16 - 3  # one token a letter
+    assert len(learner.chat(text, max_new_tokens=50).token_ids) <= 3
+    full = [{"role": "user", "content": "a" * (longest - 16 - bare)}]
+    with pytest.raises(FeatclError, match="tokens beside 16 that methods take, the model's context is full"):
+        learner.chat(full)
+    assert learner_with().chat(full, max_new_tokens=2) is not None  # negative control: without a prefix it fits
+    with pytest.raises(FeatclError, match="leaves nothing of the model's context"):
+        learner_with(Cartridge(tokens=longest))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from featcl.errors import FeatclError
+from featcl.learning.gradient import accumulate_gradient_
 from featcl.methods.der import DarkBatch, DarkReplay, kept_logits, pack_dark, squared_distance, unpack_dark
+from featcl.methods.lwf import LwF
+from featcl.methods.method import Method
+from featcl.objectives.build import Term
 from tests.methods.replaying import Bench, ask, forgotten, resumes, run
 
 
@@ -120,3 +126,27 @@ def test_a_record_that_waits_for_its_step_is_part_of_the_state() -> None:
     other.after_update_(bench.encode(ask(3)), bench.view())
     method.after_update_(bench.encode(ask(3)), bench.view())
     assert other.buffer.read(other.buffer.entries[0]) == method.buffer.read(method.buffer.entries[0])
+
+
+@pytest.mark.parametrize("make", [lambda: DarkReplay(budget=3, alpha=2.0), lambda: LwF(strength=2.0)])
+def test_what_methods_add_counts_the_same_however_far_the_new_experience_is_trusted(
+    make: Callable[[], Method],
+) -> None:
+    """loss = w L(new) + what is added: as with replayed experiences, whose weights are their own."""
+    bench, method = Bench(), make()
+    bench.move_(0.05)
+    method.begin_task_("a", bench.view())
+    bench.observe(ask(3), method)
+    bench.move_(seed=1)
+    new = bench.encode(ask(4))
+
+    def gradient(weight: float, *added: Term) -> list[torch.Tensor]:
+        bench.optimizer.zero_grad()
+        accumulate_gradient_(bench.terms, replace(new, weight=weight), bench.student, added=added)
+        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in bench.adapter.parameters()]
+
+    none, half, own = gradient(0.0, *method.terms()), gradient(0.5, *method.terms()), gradient(1.0)
+    assert max(float(part.abs().max()) for part in none) > 1e-4
+    assert all(not part.any() for part in gradient(0.0)), "negative control: of the experience itself nothing is left"
+    for added, both, alone in zip(none, half, own, strict=True):
+        torch.testing.assert_close(both, added + 0.5 * alone, atol=1e-6, rtol=1e-4)

@@ -93,6 +93,9 @@ def test_embeddings_of_a_trained_model_find_the_note_far_more_often_than_chance(
     model, tokenizer = load_model("lab/olmo2")
 
     class Absent:  # an adapter that is not there
+        def __init__(self) -> None:
+            self.model = model
+
         def disabled(self) -> Any:
             return torch.no_grad()
 

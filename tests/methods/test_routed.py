@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from featcl.errors import FeatclError
+from featcl.memory import NeuralMemory, attach_memory
+from featcl.methods.embeddings import mean_activation, token_vectors
 from featcl.methods.method import Method
 from featcl.methods.routed import START, Routed
 from featcl.methods.router import Learned, Nearest, Router, prompt_vector, question_of
@@ -220,3 +222,30 @@ def test_bad_input_is_one_clear_error() -> None:
     tiny.adapter.changes += 1
     with pytest.raises(FeatclError, match="directions were changed"):
         method.end_task_("a", tiny.task(*A), tiny.view)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_memory_is_no_part_of_the_base(layer: int) -> None:
+    """What routers and searches read is the base alone, so that it never grows stale, whatever a memory was told."""
+    tiny = Tiny("none")
+    asked = [{"role": "user", "content": "abcdabcd"}]
+
+    def read() -> list[Tensor]:
+        [batch] = tiny.task(*A)[0].batches
+        return [
+            prompt_vector(asked, tiny.student, layer=1)[0],
+            token_vectors("abcd", tiny.student, layer=1),
+            mean_activation([batch], tiny.student),
+        ]
+
+    alone, [batch] = read(), tiny.task(*A)[0].batches
+    memory = NeuralMemory(32, heads=2, head_dim=8, persistent=0, seed=0)
+    attached = attach_memory(tiny.model, memory, layer=layer, seed=0)
+    with torch.no_grad():
+        before = tiny.student.scorer.hidden(batch)
+        for parameter in attached.parameters():
+            parameter += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+        with attached.writing():
+            tiny.model(torch.arange(40)[None])
+        assert not torch.allclose(tiny.student.scorer.hidden(batch), before), "negative control: it does act"
+    assert all(torch.equal(one, other) for one, other in zip(read(), alone, strict=True))
