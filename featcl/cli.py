@@ -87,10 +87,18 @@ def run(
     config: Annotated[Path, typer.Argument(help="A YAML file, for example experiments/quickstart/base.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="adapter.kind=none …")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results of another config.")] = False,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Only resolve it all, and estimate memory and time.")] = False,
+    teraflops: Annotated[
+        float | None, typer.Option(min=1e-6, help="Of --dry-run: what the device sustains; 100 on CUDA, else 0.05.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run one arm with one seed: learn from the stream, measure what is learned and forgotten."""
     from featcl.config import RunConfig
+
+    if dry:
+        _dry_run(RunConfig.load(config, overrides or ()), teraflops, as_json=as_json)
+        return
     from featcl.run import run as run_config
 
     try:
@@ -102,6 +110,19 @@ def run(
         _print_json(result.summary)
     else:
         result.print()
+
+
+def _dry_run(config: Any, teraflops: float | None, *, as_json: bool) -> None:
+    """Exit 2 where something is missing, after all of it has been named."""
+    from featcl.studies.dry_run import dry_run
+
+    found = dry_run(config, teraflops=teraflops)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        print(found)
+    if found.missing:
+        raise FeatclError(f"{len(found.missing)} of what {config.folder} needs is missing: {'; '.join(found.missing)}")
 
 
 @app.command()

@@ -42,6 +42,9 @@ def report(
 
 def table(
     study: Annotated[Path, typer.Argument(help="The study's folder of configs, such as experiments/quickstart.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="With which the study was swept.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Where the results lie.")] = Path("results"),
     rival: Annotated[
         str | None, typer.Option(metavar="ARM", help="Compare all with this at matched acquisition and ‖ΔW‖.")
@@ -57,7 +60,7 @@ def table(
         require_file(html)
     from featcl.studies.table import study_table
 
-    result = study_table(study, output=output)
+    result = study_table(study, output=output, overrides=overrides or ())
     result.write(output / result.study)
     if html is not None:
         result.write_page(html)

@@ -41,8 +41,12 @@ class Arm:
         return self.config.model_copy(update={"seed": seed})
 
 
-def study_arms(folder: str | Path) -> tuple[Arm, ...]:
+def study_arms(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Arm, ...]:
     """The arms of a study; those of `base.yaml` first, the others by name of their file, grids in their own order.
+
+    Args:
+        folder: Of the study.
+        overrides: `key=value` for all of its arms.
 
     Raises:
         FeatclError: If the folder is missing or holds no config, its configs belong to several studies or outputs, or
@@ -55,7 +59,7 @@ def study_arms(folder: str | Path) -> tuple[Arm, ...]:
     paths = sorted(folder.glob("*.yaml"), key=lambda path: (path.stem != "base", path.stem))
     if not paths:
         raise FeatclError(f"{folder}: holds no .yaml config")
-    arms = tuple(Arm(path, p.config, p.family, p.seeds, p.values) for path in paths for p in expand(path))
+    arms = tuple(Arm(path, p.config, p.family, p.seeds, p.values) for path in paths for p in expand(path, overrides))
     for key in ("study", "output"):
         found = sorted({getattr(arm.config, key) for arm in arms})
         if len(found) > 1:

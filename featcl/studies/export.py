@@ -16,6 +16,11 @@ from featcl.errors import FeatclError
 from featcl.models import load_model
 
 FORMS = ("peft", "merged")
+NO_LORA = {
+    "full": "its adapter/ is a plain model folder already, which from_pretrained loads",
+    "osf": "its adapter/ is a folder of PEFT's OSF, which PeftModel.from_pretrained loads",
+    "mixture": "its update depends on the token; its adapter/ is read by featcl.adapters.mixture.load_mixture",
+}
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ def export_run(run_dir: str | Path, *, form: str, out: str | Path | None = None,
     config = _config(run_dir)
     if config.adapter.kind in HOOK_KINDS:
         raise FeatclError(f"{run_dir}: {refuse_peft(config.adapter.kind)}")
+    if (why := NO_LORA.get(config.adapter.kind)) is not None:
+        raise FeatclError(f"{run_dir}: kind {config.adapter.kind!r} is no LoRA, so there is none to export: {why}")
     adapter = run_dir / "adapter"
     if not adapter.is_dir():
         raise FeatclError(f"{run_dir} has no adapter/: the run has not finished")

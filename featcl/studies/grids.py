@@ -4,19 +4,20 @@
 
 Every combination of values is an arm, named by the file and its values (`constrained.lr-0.001.kind-write`); seeds are
 no part of the name, since an arm has many. A grid is inherited and merged like every other key: an arm may replace the
-values of an axis, and a null takes an axis, or the whole grid, away.
+values of an axis, and a null takes an axis, or the whole grid, away. An override from the command line holds for all
+arms, and stands in the place of an axis that sweeps the same key.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featcl.config import ConfigError, RunConfig, _merge, _read_layers, _set
+from featcl.config import ConfigError, RunConfig, _apply_override, _merge, _read_layers, _set
 from featcl.files import digest_json
 
 GRID, SEED = "grid", "seed"
@@ -41,8 +42,12 @@ class Point:
     values: Mapping[str, Any]
 
 
-def expand(path: str | Path) -> tuple[Point, ...]:
+def expand(path: str | Path, overrides: Iterable[str] = ()) -> tuple[Point, ...]:
     """Every arm of a config file; one, where it has no grid.
+
+    Args:
+        path: The file.
+        overrides: `key=value`, over what file and bases say.
 
     Raises:
         ConfigError: As `RunConfig.load`; or for a grid that is empty, over an unknown key, or over a key that the file
@@ -56,8 +61,11 @@ def expand(path: str | Path) -> tuple[Point, ...]:
     merged: dict[str, Any] = {}
     for _, layer in plain:
         merged = _merge(merged, layer)
+    for override in overrides:
+        merged = _overridden(merged, override, axes)
+        plain.append(("command line", _apply_override({}, override)))
     seeds = axes.pop(SEED, None)
-    family = str(plain[-1][1].get("arm") or path.stem)
+    family = str(layers[-1][1].get("arm") or path.stem)
     points = []
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
@@ -66,6 +74,18 @@ def expand(path: str | Path) -> tuple[Point, ...]:
         points.append(Point(config, family, _seeds(path, config, seeds), chosen))
     _refuse_without_effect(path, points)
     return tuple(points)
+
+
+def _overridden(merged: dict[str, Any], override: str, axes: dict[str, list[Any]]) -> dict[str, Any]:
+    """The config with one override, which takes the axis of its key away."""
+    key = override.partition("=")[0].strip()
+    if key.split(".")[0] in (*FIXED, SEED):
+        raise ConfigError(f"command line: {key} is not for all arms alike; there are --output, --seeds and --arms")
+    axes.pop(key, None)
+    for axis in axes:
+        if f"{axis}.".startswith(f"{key}.") or key.startswith(f"{axis}."):
+            raise ConfigError(f"command line: {key}: a grid sweeps {axis}; give {axis}=… in its place")
+    return _apply_override(merged, override)
 
 
 def _axes(layers: Layers) -> dict[str, list[Any]]:
@@ -165,7 +185,9 @@ def _labels(chosen: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _label(value: Any) -> str:
-    """A value as a part of a name; lists and mappings by their digest."""
+    """A value as a part of a name; lists of words by the first and the last, other lists and mappings by digest."""
+    if isinstance(value, list) and len(value) > 1 and all(isinstance(word, str) for word in value):
+        return f"{_label(value[0])}-to-{_label(value[-1])}"
     if isinstance(value, (Mapping, list)):
         return digest_json(value)[:8]
     if value is None or isinstance(value, bool):

@@ -127,7 +127,7 @@ class _Measured:
 
     def __init__(self, experiment: Experiment, history: History, *, features: int, items: int) -> None:
         self.experiment, self.history = experiment, history
-        self.meaning: FeatureMap = history.features()
+        self.meaning: FeatureMap = history.bounding()
         first, last = (self.meaning.vectors(history.coordinates(v)) for v in (history.first, history.head))
         self.ways = {key: last[key] - first[key] for key in last}
         ranked = sorted(self.ways, key=lambda key: -float(self.ways[key].norm()))

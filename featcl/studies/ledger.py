@@ -11,10 +11,12 @@ from typing import Any
 
 from featcl.config import RunConfig
 from featcl.errors import FeatclError
+from featcl.html import card, long_table, note
 from featcl.learning.blame import label_of
 from featcl.learning.history import VERSIONS, History
 
 FOLDER = "ledger"
+TITLES = ("version", "when", "from", "task", "objective", "loss", "KL", "moved", "features moved most", "")
 
 
 def history_of(run_dir: str | Path, *, size: int | None = None) -> History:
@@ -106,6 +108,15 @@ class Entry:
     canaries: Mapping[str, float] | None = None
     note: str = ""
 
+    def cells(self) -> list[Any]:
+        """As a row under `TITLES`."""
+        version = f"v{self.version}" if self.on_line else f"(v{self.version})"
+        return [version, self.when.replace("T", " "), self.learned, self.task, self.objective, digits(self.loss),
+                digits(self.kl), digits(self.moved), shown_top(self.top), _remark(self)]  # fmt: skip
+
+    def _repr_html_(self) -> str:
+        return card(f"{self.kind} v{self.version}", long_table(TITLES, [self.cells()]))
+
 
 @dataclass(frozen=True)
 class RunLog:
@@ -123,12 +134,11 @@ class RunLog:
 
     def rows(self) -> tuple[tuple[str, ...], list[list[Any]]]:
         """Titles and cells, as text and HTML show them."""
-        titles = ("version", "when", "from", "task", "objective", "loss", "KL", "moved", "features moved most", "")
-        return titles, [
-            [f"v{e.version}" if e.on_line else f"(v{e.version})", e.when.replace("T", " "), e.learned, e.task,
-             e.objective, digits(e.loss), digits(e.kl), digits(e.moved), shown_top(e.top), _remark(e)]
-            for e in self.entries
-        ]  # fmt: skip
+        return TITLES, [entry.cells() for entry in self.entries]
+
+    def _repr_html_(self) -> str:
+        head = f"{self.run}: the head is v{self.head}; newest first"
+        return card("Log", note(self.torn or ""), note(head), long_table(*self.rows()))
 
     def __str__(self) -> str:
         titles, rows = self.rows()

@@ -9,6 +9,7 @@ from typing import Any
 
 from featcl.errors import FeatclError
 from featcl.evaluation.scoring import heldout_nll, weighted_nll
+from featcl.html import card, note, table
 from featcl.learning.blame import Blame, blame_feature, blame_measure
 from featcl.learning.history import History
 from featcl.studies.ledger import aligned, digits, history_of
@@ -45,12 +46,19 @@ class RunBlame:
             for share in self.blame.shares[:top]
         ]  # fmt: skip
 
-    def text(self, top: int = 20) -> str:
-        """A table with its head line."""
+    def _head(self) -> tuple[str, str]:
+        """What changed by how much, and what a share means."""
         blame = self.blame
         head = f"{self.run}: {blame.of}, {blame.unit}: {blame.before:.4g} at the start, {blame.after:.4g} at the head"
-        note = f"shares of what happened when each was learned; they sum to the whole change. {AGREEMENT[blame.kind]}"
-        return "\n".join([head, note, *aligned(*self.cells(top))])
+        shares = f"shares of what happened when each was learned; they sum to the whole change. {AGREEMENT[blame.kind]}"
+        return head, shares
+
+    def text(self, top: int = 20) -> str:
+        """A table with its head line."""
+        return "\n".join([*self._head(), *aligned(*self.cells(top))])
+
+    def _repr_html_(self) -> str:
+        return card("Blame", *map(note, self._head()), table(*self.cells(10)))
 
 
 def blame_run(

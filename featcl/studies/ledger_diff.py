@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from featcl.adapters.feature_map import FeatureKey
+from featcl.html import card, long_table, note
 from featcl.learning.blame import label_of
 from featcl.learning.revert import distance
 from featcl.studies.ledger import aligned, digits, history_of, version_number
@@ -65,11 +66,17 @@ class RunDiff:
              digits(r.after), digits(r.change)] for r in self.rows
         ]  # fmt: skip
 
-    def __str__(self) -> str:
-        titles, rows = self.cells()
+    @property
+    def head(self) -> str:
+        """What is compared, in a line."""
         between = ", ".join(dict.fromkeys(what for _, what in self.learned)) or "nothing"
-        head = f"{self.run}: v{self.old} to v{self.new}, coordinates moved by {self.distance:.4g}; learned: {between}"
-        return "\n".join([head, *aligned(titles, rows)])
+        return f"{self.run}: v{self.old} to v{self.new}, coordinates moved by {self.distance:.4g}; learned: {between}"
+
+    def __str__(self) -> str:
+        return "\n".join([self.head, *aligned(*self.cells())])
+
+    def _repr_html_(self) -> str:
+        return card("Diff", note(self.head), long_table(*self.cells()))
 
 
 def diff_runs(run_dir: str | Path, old: str, new: str, *, top: int = 20) -> RunDiff:
@@ -81,13 +88,14 @@ def diff_runs(run_dir: str | Path, old: str, new: str, *, top: int = 20) -> RunD
         top: How many sides of features are shown.
 
     Raises:
-        FeatclError: If there is no such version, or the directions were changed between the two.
+        FeatclError: If there is no such version, the directions were changed between the two, or no features bound
+            what was trained.
     """
     history = history_of(run_dir)
     first, second = (version_number(text, history) for text in (old, new))
     was, now = (history.coordinates(version) for version in (first, second))
     history.require_one_era(*sorted((first, second)))
-    meaning = history.features(second)
+    meaning = history.bounding(second)
     before, after = meaning.vectors(was), meaning.vectors(now)
     names = meaning.names
 

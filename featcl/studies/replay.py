@@ -16,7 +16,7 @@ from featcl.learning.guard import Stopped
 from featcl.learning.history import History
 from featcl.learning.versions import Snapshot
 from featcl.plan import BeginTask, EndTask, Evaluate, Memorize, StartAgain, Update, plan
-from featcl.session import MEMORY
+from featcl.session import MEMORIZED
 from featcl.streams import Trajectory
 from featcl.streams.environments import Planned
 from featcl.studies.ledger import config_of
@@ -36,7 +36,7 @@ def rebuilt(run_dir: str | Path) -> Experiment:
     if experiment.memorizing is not None:
         state = RunFolder(Path(run_dir), config.to_dict(), digest=config.digest).state
         if state is not None:
-            experiment.memorizing.restore_(state / MEMORY)
+            experiment.memorizing.restore_(state / MEMORIZED)
     try:
         before = json.loads((Path(run_dir) / "env.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -80,6 +80,7 @@ class SweepResult:
 def sweep(
     study: str | Path,
     *,
+    overrides: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
     arms: Sequence[str] | None = None,
     launcher: str = "local",
@@ -92,6 +93,7 @@ def sweep(
 
     Args:
         study: Folder of configs, such as `experiments/quickstart`.
+        overrides: `key=value` for all arms; what they change is another run, which belongs in another `output`.
         seeds: In place of those that grids and configs name.
         arms: Only these, by name or by their file's name; all by default.
         launcher: "local": processes here; "slurm": a job array.
@@ -108,9 +110,11 @@ def sweep(
         KeyboardInterrupt: On Ctrl-C or SIGTERM, when all workers have saved their states.
     """
     check_launcher(launcher, jobs=jobs, options=options)
-    runs = planned(chosen_arms(study_arms(study), arms), seeds=seeds, output=output)
+    runs = planned(chosen_arms(study_arms(study, overrides), arms), seeds=seeds, output=output)
     todo = [run for run in runs if not run.finished]
     place = runs[0].config
+    if overrides and not overwrite:
+        _refuse_foreign(todo, place.output)
     if len(todo) < len(runs):
         say(f"{len(runs) - len(todo)} of {len(runs)} runs are finished and are not run again")
     began, shared, workers, count = time.time(), None, (), 0
@@ -120,7 +124,7 @@ def sweep(
         workers = _carry_out(shared, launcher=launcher, jobs=count, options=options, overwrite=overwrite)
     ended = {run.name: found for run in todo if shared and (found := shared.ended(run)) is not None}
     done = [run.name for run in runs if run.finished]
-    table = study_table(study, output=place.output) if done else None
+    table = study_table(study, output=place.output, overrides=overrides) if done else None
     if table is not None:
         table.write(Path(place.output) / place.study)
     return SweepResult(
@@ -149,6 +153,15 @@ def planned(arms: Sequence[Arm], *, seeds: Sequence[int] | None = None, output: 
     rounds = range(max(map(len, wanted.values())))
     configs = [arm.with_seed(wanted[arm.name][n]) for n in rounds for arm in arms if n < len(wanted[arm.name])]
     return [Run(config if output is None else config.model_copy(update={"output": output})) for config in configs]
+
+
+def _refuse_foreign(runs: Sequence[Run], output: str) -> None:
+    foreign = [run.name for run in runs if run.foreign]
+    if foreign:
+        raise FeatclError(
+            f"{output} holds results of other configs under {len(foreign)} of these names ({foreign[0]}); runs with "
+            f"KEY=VALUE go elsewhere, such as --output {output}/other, or replace them with --overwrite"
+        )
 
 
 def _carry_out(shared: SharedRuns, *, launcher: str, jobs: int, **settings: Any) -> Sequence[Any]:

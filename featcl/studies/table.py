@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -14,6 +15,7 @@ from featcl.files import write_json, write_text
 from featcl.studies.arms import Arm, seed_folders, study_arms
 from featcl.studies.comparison import FEWEST, SHOWN, comparisons_note, write_comparison
 from featcl.studies.points import FinishedRun, Setting, difference
+from featcl.studies.tuning import Tuning
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,14 @@ class StudyTable:
             `differences` from the first finished arm, paired by seed and item, where R gives them.
         runs: The finished runs behind them.
         base: The arm that the others are compared with.
+        tuning: How its arms were tuned; each row then has `trials`. None where the folder does not say.
     """
 
     study: str
     rows: tuple[dict[str, Any], ...]
     runs: tuple[FinishedRun, ...] = ()
     base: str = ""
+    tuning: Tuning | None = None
 
     @property
     def comparisons(self) -> int:
@@ -81,14 +85,16 @@ class StudyTable:
     def _cells(self) -> list[list[str]]:
         """Headings, then a row per arm, and one for its differences."""
         names = (*self._shown(), "delta_norm")
-        lines = [["arm", "kind", "k", "seeds", *self._shown(), "‖ΔW‖"]]
+        tuned = () if self.tuning is None else ("trials",)
+        lines = [["arm", "kind", "k", "seeds", *tuned, *self._shown(), "‖ΔW‖"]]
         for row in self.rows:
             seeds = ", ".join(str(seed) for seed in row["seeds"])
             cells = [_cell(row["metrics"].get(name), row["intervals"].get(name)) for name in names]
-            lines.append([row["arm"], row["kind"], str(row["k"]), seeds or "not run", *cells])
+            trials = [str(row["trials"] or "–") for _ in tuned]
+            lines.append([row["arm"], row["kind"], str(row["k"]), seeds or "not run", *trials, *cells])
             if row["differences"]:
                 less = [_difference(row["differences"].get(name)) for name in names]
-                lines.append([f"  − {self.base}", "", "", "", *less])
+                lines.append([f"  − {self.base}", "", "", "", *("" for _ in tuned), *less])
         return lines
 
     def _notes(self) -> list[str]:
@@ -101,20 +107,24 @@ class StudyTable:
         few = [row["arm"] for row in self.rows if 0 < len(row["seeds"]) < FEWEST]
         if few:
             lines.append(f"screening only, with fewer than {FEWEST} seeds: {', '.join(few)}")
+        if self.tuning is not None:
+            edge = [f"{name} ({', '.join(arm.at_edge)})" for name, arm in self.tuning.arms.items() if arm.at_edge]
+            lines += [self.tuning.note(), *([f"best at the edge of its grid: {', '.join(edge)}"] if edge else [])]
         return lines
 
 
-def study_table(study: str | Path, *, output: str | Path = "results") -> StudyTable:
+def study_table(study: str | Path, *, output: str | Path = "results", overrides: Sequence[str] = ()) -> StudyTable:
     """Read the summaries of a study's finished runs.
 
     Args:
         study: Folder of configs, such as `experiments/quickstart`.
         output: Where the runs wrote, the config's `output`.
+        overrides: `key=value` with which all of its arms were run.
 
     Raises:
         FeatclError: If there is no such study, or none of its arms has finished.
     """
-    arms = study_arms(study)
+    arms = study_arms(study, overrides)
     found = {arm.name: _finished(arm, Path(output)) for arm in arms}
     base = next((name for name, (runs, _) in found.items() if runs), "")
     rows = tuple(_row(arm, *found[arm.name], base=found[base][0] if base not in ("", arm.name) else {}) for arm in arms)
@@ -128,7 +138,11 @@ def study_table(study: str | Path, *, output: str | Path = "results") -> StudyTa
             )
         raise FeatclError(f"{place}: no finished run; start with: {_command(arms[0])}")
     runs = tuple(run for name in found for run in found[name][0].values())
-    return StudyTable(arms[0].config.study, rows, runs, base)
+    tuning = Tuning.load(study)
+    if tuning is not None:
+        rows = tuple({**row, "trials": tuning.trials(arm.path.stem, arm.config)}
+                     for row, arm in zip(rows, arms, strict=True))  # fmt: skip
+    return StudyTable(arms[0].config.study, rows, runs, base, tuning)
 
 
 def _finished(arm: Arm, output: Path) -> tuple[dict[int, FinishedRun], list[int]]:

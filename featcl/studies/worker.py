@@ -1,5 +1,7 @@
 """A worker of a sweep: one process that imports once, takes run after run from the shared list, and then ends.
 
+Features that it has chosen, and the base model's scores, are kept for the runs that would choose and score the same.
+
 It ends early, with the state of its run saved, when the sweep is stopped (Ctrl-C) or was killed, and when the machine
 is taken away (SIGTERM, or submitit's signal before a time limit): then submitit calls `checkpoint` and has it queued
 again, and it goes on with what is left.
@@ -16,10 +18,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featcl.studies.sharing import Ended, Run, SharedRuns
 from featcl.tracking.progress import say
+
+if TYPE_CHECKING:
+    from featcl.build.reuse import Reuse
 
 POLL = 0.5  # seconds
 
@@ -67,6 +72,9 @@ class Worker:
         return DelayedSubmission(self)
 
     def _work(self, shared: SharedRuns) -> None:
+        from featcl.build.reuse import Reuse
+
+        reuse = Reuse()
         left = list(shared.runs)
         while left:
             busy = []
@@ -77,12 +85,12 @@ class Worker:
                     if not mine:
                         busy.append(run)
                     elif not shared.done(run) and shared.begin(run):
-                        self._execute(shared, run)
+                        self._execute(shared, run, reuse)
             left = busy if self.local else []
             if left:
                 time.sleep(POLL)
 
-    def _execute(self, shared: SharedRuns, run: Run) -> None:
+    def _execute(self, shared: SharedRuns, run: Run, reuse: Reuse) -> None:
         """One run, whose failure is its own."""
         import torch
 
@@ -93,7 +101,7 @@ class Worker:
         say(f"{run.name} begins")
         error = None
         try:
-            run_config(run.config, overwrite=self.overwrite and run.foreign)
+            run_config(run.config, overwrite=self.overwrite and run.foreign, reuse=reuse)
         except KeyboardInterrupt:
             shared.give_back(run)
             raise

@@ -83,6 +83,58 @@ def test_values_of_every_kind_have_names_of_their_own(study: Path) -> None:
     assert found[1].endswith(".model-..-else-where")
 
 
+def test_a_list_of_words_is_named_by_its_ends(study: Path) -> None:
+    arm(study, "grid: {learner.lr: null, stream.tasks: [[a, b], [a, c, b c], null]}")
+    assert names(study)[2:] == ["arm.tasks-a-to-b", "arm.tasks-a-to-b-c", "arm.tasks-null"]
+    arm(study, "grid: {learner.lr: null, stream.tasks: [[a, b], [a, c, b]]}")
+    with pytest.raises(FeatclError, match=r"two arms are called 'arm\.tasks-a-to-b', from the grid of "):
+        study_arms(study)
+
+
+def test_an_override_holds_for_all_arms_and_takes_the_place_of_an_axis(study: Path) -> None:
+    arm(study, "adapter: {kind: none}\ngrid: {features.k: [4, 8]}")
+    found = study_arms(study, ["model=lab/gemma2", "adapter={rank: 2}", "learner.lr=0.5"])
+    assert [each.name for each in found] == ["base", "arm.k-4", "arm.k-8"]
+    assert {(each.config.model, each.config.adapter.rank, each.config.learner.lr) for each in found} == {
+        ("lab/gemma2", 2, 0.5)
+    }
+    assert [each.config.adapter.kind for each in found] == ["both", "none", "none"], (
+        "over the arms, not in place of them"
+    )
+    plain = {each.config.digest for each in study_arms(study)}
+    assert plain.isdisjoint(each.config.digest for each in study_arms(study, ["model=lab/gemma2"]))
+    assert plain == {each.config.digest for each in study_arms(study, [])}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learner={steps: 2}", "command line: learner: a grid sweeps learner.lr; give learner.lr=… in its place"),
+        ("learner.lr.x=2", "command line: learner.lr.x: a grid sweeps learner.lr"),
+        ("seed=3", "command line: seed is not for all arms alike; there are --output, --seeds and --arms"),
+        ("study=other", "command line: study is not for all arms alike"),
+        ("lerner.lr=1", "command line: lerner: unknown key, did you mean 'learner'?"),
+        ("learner.lr", "command line: 'learner.lr' is not key=value"),
+    ],
+)
+def test_an_override_that_cannot_be(
+    study: Path, override: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("sweep", "table"):
+        assert cli.invoke([command, str(study), override]) == 2
+        printed = capsys.readouterr().err
+        assert message in printed
+        assert printed.count("\n") == 1
+
+
+def test_a_single_run_of_a_grid_says_what_makes_them_all(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.invoke(["run", str(study / "base.yaml")]) == 2
+    printed = capsys.readouterr().err
+    assert "base.yaml: grid: a grid is for many runs" in printed
+    assert "featcl sweep" in printed
+    assert "unknown key" not in printed
+
+
 def test_keys_that_end_alike_are_written_out(study: Path) -> None:
     arm(study, "memory: {train: {}}\ngrid: {learner.lr: [0.1], memory.train.lr: [0.2]}")
     assert names(study)[2:] == ["arm.learner.lr-0.1.memory.train.lr-0.2"]

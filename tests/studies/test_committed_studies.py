@@ -15,13 +15,16 @@ import yaml
 from featcl.errors import FeatclError
 from featcl.studies.arms import Arm, study_arms
 
-STUDIES = sorted({path.parent for path in (Path(__file__).parents[2] / "experiments").rglob("base.yaml")})
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+STUDIES = sorted({path.parent for path in EXPERIMENTS.rglob("base.yaml")} | set(EXPERIMENTS.glob("*_final")))
 SWEPT = [
     folder
     for folder in STUDIES
-    if "grid" in yaml.safe_load((folder / "base.yaml").read_text(encoding="utf-8"))
+    if folder.parent == EXPERIMENTS  # those for research GPUs have tests of their own
     and not folder.name.endswith("_final")  # what is left after screening, within the budget of the study screened
+    and "grid" in yaml.safe_load((folder / "base.yaml").read_text(encoding="utf-8"))
 ]
+TUNED = ("learner.lr", "methods.0.")  # a method without a rate has a strength of its own
 LINES, RUNS, RATES, SEEDS = 10, 200, 3, 3
 FINALISTS = 6  # the best three, the best rival, random and pca
 AFTER = FINALISTS * (RATES * SEEDS + SEEDS) + 2 * SEEDS  # here at three rates, second family at one, frozen on both
@@ -36,7 +39,8 @@ def trials(arms: tuple[Arm, ...]) -> Counter[str]:
     """Setting, which is an arm but for its rate -> in how many rates it is tried."""
 
     def setting(arm: Arm) -> str:
-        return f"{arm.family} {sorted((key, str(value)) for key, value in arm.values.items() if key != 'learner.lr')}"
+        other = [(key, str(value)) for key, value in arm.values.items() if not key.startswith(TUNED)]
+        return f"{arm.family} {sorted(other)}"
 
     return Counter(setting(arm) for arm in arms if arm.family != "frozen")
 

@@ -201,6 +201,18 @@ def test_results_of_another_config_are_neither_finished_nor_replaced_unasked(stu
     assert not other.finished
 
 
+def test_runs_with_overrides_do_not_go_among_results_of_the_plain_study(study: Path, tmp_path: Path) -> None:
+    [run, _] = planned(study_arms(study))
+    run.config.folder.mkdir(parents=True)
+    (run.config.folder / "config.json").write_text(json.dumps({"digest": run.config.digest}))
+    with pytest.raises(FeatclError, match=r"holds results of other configs under 1 of these names \(base\.seed-0\)"):
+        sweep(study, overrides=["features.k=2"])
+    assert not list((tmp_path / "results").rglob(".sweep")), "nothing is begun"
+    elsewhere = planned(study_arms(study, ["features.k=2"]), output=str(tmp_path / "other"))
+    assert not any(each.foreign for each in elsewhere)
+    assert {each.config.features.k for each in elsewhere} == {2}
+
+
 def test_what_became_of_a_run_is_read_back(study: Path, tmp_path: Path) -> None:
     shared = SharedRuns.create(tmp_path, planned(study_arms(study)))
     assert shared.ended(shared.runs[0]) is None
