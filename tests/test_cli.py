@@ -27,7 +27,8 @@ def test_help_lists_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
     listed = [line.split()[0] for line in printed.split("Commands:")[1].splitlines() if line.strip()]
     ledger = ["log", "diff", "blame", "revert", "rollback"]
     assert listed == [
-        "run", "export", "chat", "doctor", *ledger, "report", "table", "sweep", "reproduce", "features", "lab",
+        "run", "export", "chat", "doctor", *ledger, "report", "table", "sweep", "finalists", "reproduce", "features",
+        "lab",
     ]  # fmt: skip
     for group, commands in (("features", ["train", "check", "select", "show"]), ("lab", ["check", "train"])):
         assert cli.invoke([group, "--help"]) == 0

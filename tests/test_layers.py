@@ -12,7 +12,7 @@ HOUSE = (
     "__main__", "cli", "cli_ledger", "cli_report", "cli_study", "studies", "run", "session", "plan", "build",
     "learning", "methods", "objectives",
     "evaluation", "tracking", "adapters", "memory", "lab", "features", "streams", "models", "subspace", "config",
-    "files", "errors",
+    "files", "html", "errors",
 )  # fmt: skip
 # Heavy or optional libraries, and the only places that may import them.
 OWNERS = {

@@ -362,9 +362,3 @@ def test_a_real_model_and_real_trajectories(root: Path, real: Path, tmp_path: Pa
     assert result.summary["tokens_left_out"] > 0, "they are longer than the model's context, and the record says so"
     assert result.matrix.values[1, 0] < result.matrix.values[0, 0], "held-out trajectories became more likely"
     assert result.summary["leak"]["leak"] < 1e-6
-
-
-@pytest.mark.parametrize("wanted", ["cost=true", "drift={}", "shift={}"])
-def test_what_no_run_measures_is_refused(config: Callable[..., RunConfig], wanted: str) -> None:
-    with pytest.raises(FeatclError, match=rf"evaluation\.{wanted.split('=')[0]}: a run does not measure this yet"):
-        featcl.run(config(f"evaluation.{wanted}"))

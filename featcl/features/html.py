@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from featcl.html import STYLE, escape, note, table
 
 if TYPE_CHECKING:
     from featcl.features.show import Context, FeatureDashboard
 
-_CSS = """
-.featcl { font: 14px/1.45 system-ui, sans-serif; border: 1px solid #8886; border-radius: 6px; padding: .7rem 1rem;
-  margin: .8rem 0; max-width: 68rem; }
-.featcl h3 { margin: 0 0 .2rem; font-size: 1.05rem; } .featcl .note { opacity: .7; font-size: .85rem; }
+_CSS = (
+    STYLE
+    + """
 .featcl .columns { display: flex; flex-wrap: wrap; gap: 1.4rem; margin: .5rem 0; }
-.featcl table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-.featcl td, .featcl th { padding: .08rem .5rem; text-align: left; border-bottom: 1px solid #8884; }
-.featcl td.number { text-align: right; }
-.featcl code, .featcl .text { font-family: ui-monospace, monospace; }
-.featcl .text { margin: .15rem 0; overflow-wrap: anywhere; white-space: pre-wrap; font-size: .85rem; }
 .featcl .text b { font-weight: 700; text-decoration: underline; } .featcl .text i { opacity: .6; }
 .featcl summary { cursor: pointer; } .featcl iframe { width: 100%; height: 24rem; border: 1px solid #8886; }
 """
+)
 # An iframe gets its address when it is opened: until then nothing is fetched, whatever the browser preloads.
 _OPEN = "var f=this.querySelector('iframe');if(this.open&amp;&amp;!f.src)f.src=f.dataset.src;"
 
@@ -49,23 +45,6 @@ def cards(features: Iterable[FeatureDashboard]) -> str:
     return f"<style>{_CSS}</style>\n" + "\n".join(_card(feature) for feature in features)
 
 
-def table_card(title: str, note: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A titled table, as Jupyter shows it; a cell that is a pair (text, address) is a link."""
-    return (
-        f'<style>{_CSS}</style>\n<div class="featcl"><h3>{escape(title)}</h3>{_note(note)}{_table(columns, rows)}</div>'
-    )
-
-
-def facts_card(title: str, facts: Mapping[str, Any]) -> str:
-    """A titled list of names and values."""
-    return table_card(title, "", (), facts.items())
-
-
-def escape(text: Any) -> str:
-    """Text as HTML."""
-    return html.escape(str(text), quote=True)
-
-
 def _card(feature: FeatureDashboard) -> str:
     share = feature.active / feature.tokens if feature.tokens else 0.0
     title = feature.label if feature.label == str(feature.feature_id) else f"{feature.label} ({feature.feature_id})"
@@ -76,10 +55,10 @@ def _card(feature: FeatureDashboard) -> str:
     facts += [f"{name} {value:.4g}" for name, value in feature.scores.items() if isinstance(value, (int, float))]
     contexts = "".join(_context(context) for context in feature.contexts)
     return (
-        f'<div class="featcl"><h3>Feature {escape(title)}</h3>{_note(" · ".join(facts))}<div class="columns">'
+        f'<div class="featcl"><h3>Feature {escape(title)}</h3>{note(" · ".join(facts))}<div class="columns">'
         f"<div>{_histogram(feature.histogram, feature.top)}</div>"
         f"<div>{_effects('raises', feature.promoted)}</div><div>{_effects('lowers', feature.suppressed)}</div>"
-        f"</div>{contexts or _note('It fires nowhere in these texts.')}{_neuronpedia(feature.neuronpedia)}</div>"
+        f"</div>{contexts or note('It fires nowhere in these texts.')}{_neuronpedia(feature.neuronpedia)}</div>"
     )
 
 
@@ -101,7 +80,7 @@ def _context(context: Context) -> str:
 
 def _effects(what: str, pairs: Sequence[tuple[str, float]]) -> str:
     """Tokens in quotes, so that a space or a line feed can be seen, with the change of their logit."""
-    return _table((what, "logit"), [(json.dumps(token, ensure_ascii=False), value) for token, value in pairs])
+    return table((what, "logit"), [(json.dumps(token, ensure_ascii=False), value) for token, value in pairs])
 
 
 def _histogram(counts: Sequence[int], top: float) -> str:
@@ -132,26 +111,7 @@ def _neuronpedia(address: str | None) -> str:
     link = f'<a href="{escape(address)}" target="_blank" rel="noopener noreferrer">{escape(address)}</a>'
     return (
         f'<details ontoggle="{_OPEN}"><summary>On Neuronpedia (asks its server)</summary>{link}'
-        f"{_note('Offline, or where the frame stays empty: everything above was computed here.')}"
+        f"{note('Offline, or where the frame stays empty: everything above was computed here.')}"
         f'<iframe data-src="{escape(address)}?embed=true" title="Neuronpedia" loading="lazy" '
         'referrerpolicy="no-referrer" sandbox="allow-scripts allow-same-origin"></iframe></details>'
     )
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    lines = ["<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows]
-    return f"<table>{f'<tr>{head}</tr>' if head else ''}{''.join(lines)}</table>"
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f'<td class="number">{value:.4g}</td>'
-    if isinstance(value, tuple):
-        text, address = value
-        return f'<td><a href="{escape(address)}" target="_blank" rel="noopener noreferrer">{escape(text)}</a></td>'
-    return f"<td>{escape('' if value is None else value)}</td>"
-
-
-def _note(text: str) -> str:
-    return f'<div class="note">{escape(text)}</div>' if text else ""

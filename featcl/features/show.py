@@ -17,11 +17,12 @@ from featcl.features.activity import activity
 from featcl.features.directions import Directions
 from featcl.features.encoder import FeatureEncoder
 from featcl.features.hooks import resolve
-from featcl.features.html import card, cards, facts_card, page, table_card
+from featcl.features.html import card, cards, page
 from featcl.features.logits import final_inverse_rms, logit_effects
 from featcl.features.seen import Seen
 from featcl.features.select import directions_of, sae_source
 from featcl.features.tokens import Text, token_text
+from featcl.html import facts_card, table_card
 
 
 @dataclass(frozen=True)
@@ -242,9 +243,12 @@ def directions_card(directions: Directions) -> str:
         address = neuronpedia_page(manifest.get("neuronpedia_id"), feature)
         rows.append([(str(feature), address) if address else str(feature), directions.labels[row],
                      *(values[row] for values in scores.values())])  # fmt: skip
-    note = f"{directions.hook_name}, selector {directions.selector}, digest {directions.digest[:8]}"
+    note = f"{directions.hook_name} (layer {directions.layer}), d_model {directions.d_model}"
+    note += f", selector {directions.selector}, digest {directions.digest[:8]}"
     if "sae" in manifest:
         note = f"{manifest['sae']} at {note}"
+    if directions.without_effect:
+        note += f"; validated: no effect of {', '.join(map(str, directions.without_effect))}"
     return table_card(f"{directions.k} directions", note, ("feature", "name", *scores), rows)
 
 
